@@ -1,0 +1,84 @@
+"""DeepSeek-family models in JAX: train, shard, generate and serve, with one set of logits.
+
+Dimension key, used in every shape and einsum of this project:
+
+    B batch            T query tokens         S key/value tokens     D model width
+    N heads            P no-position part     R rotary part          H value head
+    C key/value latent Q query latent         X = C + R, cached row  V vocabulary
+    F feed-forward     E routed experts       A active experts       M rows sorted by expert
+    L layers of a stack
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Names are imported on first use, so that the command line starts without jax.
+_HOME = {
+    "DeepSeekConfig": "config",
+    "RopeScaling": "config",
+    "tiny": "config",
+    "v2_lite": "config",
+    "v2": "config",
+    "v3": "config",
+    "kimi_k2": "config",
+    "init": "functional",
+    "forward": "functional",
+    "forward_trace": "functional",
+    "prefill": "functional",
+    "decode_step": "functional",
+    "param_shardings": "functional",
+    "LatentCache": "cache",
+    "PagedLatentCache": "cache",
+    "generate": "generation",
+    "sample": "sampling",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "make_mesh": "sharding",
+    "ShardingRules": "sharding",
+    "MLA": "layers.mla",
+    "RMSNorm": "layers.norm",
+    "SwiGLU": "layers.mlp",
+    "MoE": "layers.moe",
+    "GroupedQueryAttention": "layers.attention",
+    "KeyValueCache": "layers.attention",
+    "Block": "layers.block",
+    "DeepSeek": "model",
+}
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from jax_mla.cache import LatentCache, PagedLatentCache
+    from jax_mla.checkpoint import load, save
+    from jax_mla.config import DeepSeekConfig, RopeScaling, kimi_k2, tiny, v2, v2_lite, v3
+    from jax_mla.functional import (
+        decode_step,
+        forward,
+        forward_trace,
+        init,
+        param_shardings,
+        prefill,
+    )
+    from jax_mla.generation import generate
+    from jax_mla.layers.attention import GroupedQueryAttention, KeyValueCache
+    from jax_mla.layers.block import Block
+    from jax_mla.layers.mla import MLA
+    from jax_mla.layers.mlp import SwiGLU
+    from jax_mla.layers.moe import MoE
+    from jax_mla.layers.norm import RMSNorm
+    from jax_mla.model import DeepSeek
+    from jax_mla.sampling import sample
+    from jax_mla.sharding import ShardingRules, make_mesh
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'jax_mla' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jax_mla.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

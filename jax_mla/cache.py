@@ -1,0 +1,165 @@
+"""Latent caches: one row of C + R numbers a token and layer, in pages.
+
+A row holds the normalised latent, then the rotated key (first all first members of the rotary
+pairs, then all second ones; see `layers/rope.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jax_mla.config import DeepSeekConfig
+
+DEFAULT_PAGE_SIZE = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentCache:
+    """A dense cache: every sequence owns `max_tokens` rows, rounded up to whole pages.
+
+    It is a paged cache whose table counts 0, 1, 2, ..., so that one decode op serves both.
+
+    Attributes:
+      pages: rows of all layers and sequences.
+      lengths: tokens in cache.
+    """
+
+    pages: Float[Array, "L num_pages page_size X"]
+    lengths: Int[Array, " B"]
+
+    @classmethod
+    def empty(
+        cls,
+        config: DeepSeekConfig,
+        batch: int,
+        max_tokens: int,
+        *,
+        dtype: str | None = None,
+        page_size: int = DEFAULT_PAGE_SIZE,
+    ) -> LatentCache:
+        """A cache of no tokens.
+
+        Args:
+          max_tokens: longest sequence, prompt and continuation together.
+          dtype: of the rows; None takes config.dtype.
+
+        Cost: L * B * max_tokens * (C + R) numbers of memory.
+        """
+        _check_positive(batch=batch, max_tokens=max_tokens, page_size=page_size)
+        num_pages = batch * -(-max_tokens // page_size)
+        return cls(_zero_pages(config, num_pages, page_size, dtype), jnp.zeros(batch, jnp.int32))
+
+    @property
+    def page_table(self) -> Int[Array, "B max_pages"]:
+        batch, num_pages = self.lengths.shape[0], self.pages.shape[1]
+        return jnp.arange(num_pages, dtype=jnp.int32).reshape(batch, num_pages // batch)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedLatentCache:
+    """A paged cache: the table names the page of each run of `page_size` tokens of a sequence.
+
+    Attributes:
+      pages: rows of all layers; any sequence may use any page, and several may share one.
+      lengths: tokens in cache.
+      page_table: entries beyond the last used page are ignored and may hold anything.
+    """
+
+    pages: Float[Array, "L num_pages page_size X"]
+    lengths: Int[Array, " B"]
+    page_table: Int[Array, "B max_pages"]
+
+    @classmethod
+    def empty(
+        cls,
+        config: DeepSeekConfig,
+        num_pages: int,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        *,
+        batch: int = 1,
+        page_table: Int[Array, "B max_pages"] | np.ndarray | None = None,
+        dtype: str | None = None,
+    ) -> PagedLatentCache:
+        """A cache of no tokens.
+
+        Args:
+          num_pages: pages in the pool.
+          batch: sequences; ignored when `page_table` is given.
+          page_table: None gives every sequence an equal run of the pool's pages.
+          dtype: of the rows; None takes config.dtype.
+
+        Raises:
+          ValueError: the pool has fewer pages than sequences.
+        """
+        _check_positive(num_pages=num_pages, page_size=page_size, batch=batch)
+        if page_table is None:
+            if num_pages < batch:
+                raise ValueError(f"num_pages={num_pages} cannot give each of batch={batch} a page")
+            each = num_pages // batch
+            page_table = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
+        page_table = jnp.asarray(page_table, jnp.int32)
+        if page_table.ndim != 2:
+            raise ValueError(f"page_table must have 2 axes [B, max_pages], got shape {page_table.shape}")
+        lengths = jnp.zeros(page_table.shape[0], jnp.int32)
+        return cls(_zero_pages(config, num_pages, page_size, dtype), lengths, page_table)
+
+
+Cache = TypeVar("Cache", LatentCache, PagedLatentCache)
+
+
+def _zero_pages(config: DeepSeekConfig, num_pages: int, page_size: int, dtype: str | None) -> jax.Array:
+    shape = (config.num_hidden_layers, num_pages, page_size, config.cache_row_dim)
+    return jnp.zeros(shape, dtype or config.dtype)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def capacity(cache: LatentCache | PagedLatentCache) -> int:
+    """The most tokens that one sequence can hold."""
+    return cache.page_table.shape[1] * cache.pages.shape[2]
+
+
+def layer_pages(
+    cache: LatentCache | PagedLatentCache, layer: int | Array
+) -> tuple[Float[Array, "num_pages page_size X"], Int[Array, "B max_pages"]]:
+    """All layers' pages as one pool, and the table of one layer in it. Copies nothing."""
+    num_layers, num_pages, page_size, width = cache.pages.shape
+    pool = cache.pages.reshape(num_layers * num_pages, page_size, width)
+    return pool, cache.page_table + layer * num_pages
+
+
+def append(cache: Cache, layer: int | Array, rows: Float[Array, "B T X"], num_new: Int[Array, " B"]) -> Cache:
+    """Writes the first `num_new[b]` of T rows behind the cached ones of sequence b.
+
+    Lengths stay as they are until `advance`, because all layers append at the same place. Rows
+    beyond the capacity, and rows whose table entry names no page, are dropped.
+    """
+    num_layers, num_pages, page_size, width = cache.pages.shape
+    table = cache.page_table
+    step = jnp.arange(rows.shape[1], dtype=jnp.int32)[None, :]
+    position = cache.lengths[:, None] + step
+    slot = jnp.minimum(position // page_size, table.shape[1] - 1)
+    page = jnp.take_along_axis(table, slot, axis=1)
+    is_kept = (step < num_new[:, None]) & (position < table.shape[1] * page_size)
+    is_kept &= (page >= 0) & (page < num_pages)
+    row = (layer * num_pages + page) * page_size + position % page_size
+    row = jnp.where(is_kept, row, num_layers * num_pages * page_size)  # out of range: dropped
+    flat = cache.pages.reshape(-1, width).at[row].set(rows.astype(cache.pages.dtype), mode="drop")
+    return dataclasses.replace(cache, pages=flat.reshape(cache.pages.shape))
+
+
+def advance(cache: Cache, num_new: Int[Array, " B"]) -> Cache:
+    """Counts the appended rows."""
+    return dataclasses.replace(cache, lengths=cache.lengths + num_new.astype(jnp.int32))

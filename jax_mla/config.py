@@ -1,0 +1,271 @@
+"""What a model is made of: the fields of a published config.json, checked and frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
+ScoringFunc = Literal["softmax", "sigmoid"]
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1, and 1 for factors up to 1."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies were stretched for long contexts; the keys of `rope_scaling`.
+
+    `yarn` interpolates between stretched and original frequencies. `longrope` divides each
+    frequency by its own `short_factor`; its long table needs a context beyond
+    `original_max_position_embeddings` and is refused when the config is read.
+
+    Source: YaRN, arXiv 2309.00071; LongRoPE, arXiv 2402.13753.
+    """
+
+    rope_type: Literal["yarn", "longrope"]
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+
+    @property
+    def cos_sin_factor(self) -> float:
+        """What cos and sin are multiplied by; 1.0 for every released DeepSeek model."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.rope_type == "longrope":
+            original = self.original_max_position_embeddings
+            return math.sqrt(1 + math.log(self.factor) / math.log(original)) if self.factor > 1 else 1.0
+        if self.mscale and self.mscale_all_dim:
+            of_all = yarn_mscale(self.factor, self.mscale_all_dim)
+            return yarn_mscale(self.factor, self.mscale) / of_all
+        return yarn_mscale(self.factor, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepSeekConfig:
+    """A DeepSeek-family architecture. Field names are the checkpoints' own; hashable, never mutated.
+
+    `dtype` is that of new parameters and caches. Dense models (`youtu`, `minicpm3`) have `n_routed_experts=None`. `eos_token_id` is a tuple:
+    generation stops at any of its ids. `mlp` layers before `first_k_dense_replace` are dense, the
+    rest are mixtures of experts.
+
+    Raises:
+      ValueError: sizes disagree; the message names both with their values.
+    """
+
+    model_type: str = "deepseek_v3"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    attention_bias: bool = False
+
+    moe_intermediate_size: int | None = None
+    n_routed_experts: int | None = None
+    n_shared_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    first_k_dense_replace: int = 0
+    n_group: int | None = None
+    topk_group: int | None = None
+    topk_method: TopkMethod = "noaux_tc"
+    scoring_func: ScoringFunc = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_interleave: bool = True
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 4096
+
+    scale_emb: float = 1.0
+    scale_depth: float | None = None
+    dim_model_base: int | None = None
+
+    tie_word_embeddings: bool = False
+    num_nextn_predict_layers: int = 0
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
+        if self.first_k_dense_replace < 0:
+            raise ValueError(f"first_k_dense_replace must be >= 0, got {self.first_k_dense_replace}")
+        if self.num_moe_layers:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        experts, active = self.n_routed_experts, self.num_experts_per_tok
+        if self.moe_intermediate_size is None or active is None or experts is None:
+            raise ValueError(
+                f"n_routed_experts={experts} needs num_experts_per_tok and moe_intermediate_size, "
+                f"got {active} and {self.moe_intermediate_size}"
+            )
+        if self.topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
+            raise ValueError(
+                f"topk_method {self.topk_method!r} is not one of greedy, group_limited_greedy, noaux_tc"
+            )
+        groups, kept = self.n_group or 1, self.topk_group or 1
+        if experts % groups:
+            raise ValueError(f"n_routed_experts={experts} is not a multiple of n_group={groups}")
+        if kept > groups:
+            raise ValueError(f"topk_group={kept} exceeds n_group={groups}")
+        available = experts if self.topk_method == "greedy" else kept * (experts // groups)
+        if active > available:
+            raise ValueError(
+                f"num_experts_per_tok={active} exceeds the {available} experts that "
+                f"topk_group={kept} of n_group={groups} leaves of n_routed_experts={experts}"
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """P + R, the width of one query head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_row_dim(self) -> int:
+        """X = C + R, the numbers cached for one token and layer."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def num_dense_layers(self) -> int:
+        if self.n_routed_experts is None:
+            return self.num_hidden_layers
+        return min(self.first_k_dense_replace, self.num_hidden_layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.num_dense_layers
+
+    @property
+    def softmax_scale(self) -> float:
+        """(P + R) ** -0.5, times YaRN's mscale squared when `mscale_all_dim` is set."""
+        scale = self.qk_head_dim**-0.5
+        if (rope := self.rope_scaling) is not None and rope.mscale_all_dim:
+            scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
+        return scale
+
+    @property
+    def residual_scale(self) -> float:
+        """What each block output is multiplied by before it joins the residual stream (MiniCPM3)."""
+        return 1.0 if self.scale_depth is None else self.scale_depth / self.num_hidden_layers**0.5
+
+    @property
+    def logits_divisor(self) -> float:
+        """What the last hidden state is divided by before the head (MiniCPM3)."""
+        return 1.0 if self.dim_model_base is None else self.hidden_size / self.dim_model_base
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> DeepSeekConfig:
+        """Reads the dict of a published config.json, in its old or new spelling of rope.
+
+        Raises:
+          ValueError: the architecture is unknown or has a part that this library does not compute;
+            the message names the field and its value.
+        """
+        from jax_mla.config_hf import read
+
+        return read(config)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict to write as config.json; `from_hf` reads it back to an equal config."""
+        from jax_mla.config_hf import write
+
+        return write(self)
+
+
+_POSITIVE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+def _yarn(factor: float, original: int, mscale: float, beta_fast: float = 32.0) -> RopeScaling:
+    return RopeScaling("yarn", factor, original, beta_fast, 1.0, mscale, mscale)
+
+
+def tiny() -> DeepSeekConfig:
+    """The bundled model: DeepSeek-V3 in miniature, with a vocabulary of bytes."""
+    return DeepSeekConfig(
+        vocab_size=320, hidden_size=192, intermediate_size=512, moe_intermediate_size=96,
+        num_hidden_layers=5, num_attention_heads=6, q_lora_rank=96, kv_lora_rank=64,
+        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8,
+        n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, n_group=4,
+        topk_group=2, routed_scaling_factor=2.5, max_position_embeddings=4096,
+        rope_scaling=_yarn(16.0, 256, 1.0), bos_token_id=256, eos_token_id=(257,), pad_token_id=258,
+    )  # fmt: skip
+
+
+def v2_lite() -> DeepSeekConfig:
+    """DeepSeek-V2-Lite: 15.7 B parameters, 2.4 B active."""
+    return DeepSeekConfig(
+        model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, intermediate_size=10944,
+        moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,
+        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1,
+        n_group=1, topk_group=1, topk_method="greedy", scoring_func="softmax",
+        norm_topk_prob=False, rope_scaling=_yarn(40.0, 4096, 0.707),
+        max_position_embeddings=163840, bos_token_id=100000, eos_token_id=(100001,),
+        dtype="bfloat16",
+    )  # fmt: skip
+
+
+def v2() -> DeepSeekConfig:
+    """DeepSeek-V2: 236 B parameters, 21 B active."""
+    return dataclasses.replace(
+        v2_lite(), hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536,
+        num_hidden_layers=60, num_attention_heads=128, q_lora_rank=1536, n_routed_experts=160,
+        n_group=8, topk_group=3, topk_method="group_limited_greedy", routed_scaling_factor=16.0,
+    )  # fmt: skip
+
+
+def v3() -> DeepSeekConfig:
+    """DeepSeek-V3 and R1: 671 B parameters, 37 B active, without the multi-token-prediction layer."""
+    return DeepSeekConfig(
+        vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
+        num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=256,
+        n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=3, n_group=8,
+        topk_group=4, routed_scaling_factor=2.5, rope_scaling=_yarn(40.0, 4096, 1.0),
+        max_position_embeddings=163840, num_nextn_predict_layers=1, bos_token_id=0,
+        eos_token_id=(1,), dtype="bfloat16",
+    )  # fmt: skip
+
+
+def kimi_k2() -> DeepSeekConfig:
+    """Kimi K2 (Instruct): 1.03 T parameters, 32 B active."""
+    return dataclasses.replace(
+        v3(), model_type="kimi_k2", vocab_size=163840, num_attention_heads=64,
+        n_routed_experts=384, first_k_dense_replace=1, n_group=1, topk_group=1,
+        routed_scaling_factor=2.827, rope_theta=50000.0,
+        rope_scaling=_yarn(32.0, 4096, 1.0, beta_fast=1.0), max_position_embeddings=131072,
+        num_nextn_predict_layers=0, bos_token_id=163584, eos_token_id=(163585,),
+        pad_token_id=163839,
+    )  # fmt: skip

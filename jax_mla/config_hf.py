@@ -1,0 +1,224 @@
+"""A published config.json to a DeepSeekConfig and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jax_mla.config import DeepSeekConfig, RopeScaling
+
+# What a published config.json may leave out, by family: the defaults of its reference configuration.
+_MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_V3 = _MLA | {
+    "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+    "q_lora_rank": 1536, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True, "num_nextn_predict_layers": 1, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _MLA | {
+        "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008,
+        "moe_intermediate_size": 1407, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "q_lora_rank": 1536, "n_routed_experts": 64, "n_shared_experts": 2,
+        "first_k_dense_replace": 0, "topk_method": "greedy", "norm_topk_prob": False,
+        "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "deepseek_v3": _V3,
+    "kimi_k2": _V3,
+    "youtu": _MLA | {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 32, "num_attention_heads": 16, "q_lora_rank": 1536,
+        "max_position_embeddings": 131072, "tie_word_embeddings": True,
+        "bos_token_id": 128000, "eos_token_id": 128001,
+    },
+    "minicpm3": {
+        "vocab_size": 73448, "hidden_size": 2560, "intermediate_size": 6400,
+        "num_hidden_layers": 62, "num_attention_heads": 40, "q_lora_rank": 768,
+        "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+        "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "glm4_moe_lite": {
+        "vocab_size": 154880, "hidden_size": 2048, "intermediate_size": 10240,
+        "moe_intermediate_size": 1536, "num_hidden_layers": 47, "num_attention_heads": 20,
+        "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+        "v_head_dim": 256, "n_routed_experts": 64, "n_shared_experts": 1, "num_experts_per_tok": 4,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 202752,
+        "bos_token_id": 0, "eos_token_id": 1,
+    },
+}  # fmt: skip
+_DENSE = {"youtu", "minicpm3"}
+_ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "youtu": "YoutuForCausalLM",
+    "minicpm3": "MiniCPM3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+}
+_WHY_NOT = {
+    "deepseek_v32": "its sparse attention (DSA indexer)",
+    "glm_moe_dsa": "its sparse attention (DSA indexer)",
+    "glm5_next": "its sparse and linear attention",
+    "deepseek_v4": "its compressed sparse attention, which is not MLA",
+    "longcat_flash": "its two attentions a layer and zero experts",
+    "kimi_linear": "its linear-attention layers",
+    "bailing_hybrid": "its linear-attention layers",
+    "mistral4": "its position-dependent query scale",
+    "mistral_large4": "its sparse attention (indexer)",
+    "axk1": "its changes to the router",
+    "axk2": "its sparse attention and gated norms",
+    "dots3_note": "its sparse and sliding-window attention",
+    "hy_v4": "its sparse attention and output gate",
+}
+# Published under two names.
+_ALIASES = {
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+    "torch_dtype": "dtype",
+}
+_ROPE_FIELDS = {f.name for f in dataclasses.fields(RopeScaling)} - {"rope_type", "short_factor"}
+
+
+def read(config: Mapping[str, Any]) -> DeepSeekConfig:
+    """Reads the dict of a published config.json."""
+    family = _family(config)
+    given = {_ALIASES.get(key, key): value for key, value in config.items()}
+    _refuse_what_we_do_not_compute(family, given)
+    known = {field.name for field in dataclasses.fields(DeepSeekConfig)} - {"rope_scaling"}
+    values = _DEFAULTS[family] | {k: v for k, v in given.items() if k in known}
+    if family == "minicpm3" and values.get("v_head_dim") is None:
+        values["v_head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    if family == "glm4_moe_lite":  # its reference reads mlp_layer_types only
+        values["first_k_dense_replace"] = _DEFAULTS[family]["first_k_dense_replace"]
+    if family in _DENSE:
+        values |= {"n_routed_experts": None, "first_k_dense_replace": 0}
+    else:
+        values |= _router(family, values) | _dense_prefix(given)
+    if family in ("deepseek_v2", "minicpm3"):  # their rope layout is fixed, whatever the file says
+        values["rope_interleave"] = family == "deepseek_v2"
+    values["eos_token_id"] = _as_ids(values["eos_token_id"])
+    values["rope_theta"], values["rope_scaling"] = _rope(given, values)
+    optional = {f.name for f in dataclasses.fields(DeepSeekConfig) if f.default is None}
+    optional |= {"q_lora_rank"}
+    return DeepSeekConfig(**{k: v for k, v in values.items() if v is not None or k in optional})
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    family = config.get("model_type")
+    if family in _WHY_NOT:
+        raise ValueError(f"model_type {family!r} is not supported: {_WHY_NOT[family]}")
+    if family not in _DEFAULTS:
+        raise ValueError(f"model_type {family!r} is not one of {', '.join(_DEFAULTS)}")
+    return family
+
+
+def _refuse_what_we_do_not_compute(family: str, given: Mapping[str, Any]) -> None:
+    for key, expected in (
+        ("hidden_act", "silu"), ("mlp_bias", False), ("moe_layer_freq", 1), ("index_topk", None),
+        ("partial_rotary_factor", 1.0),
+    ):  # fmt: skip
+        if (value := given.get(key, expected)) not in (expected, None):
+            raise ValueError(f"{family} with {key}={value!r} is not supported, only {expected!r}")
+    heads = given.get("num_attention_heads", _DEFAULTS[family]["num_attention_heads"])
+    kv_heads = given.get("num_key_value_heads")
+    if kv_heads not in (None, heads):
+        raise ValueError(
+            f"num_key_value_heads={kv_heads} must equal num_attention_heads={heads} in latent attention"
+        )
+
+
+def _router(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """V2 takes a softmax and never renormalises; all later families take V3's biased sigmoid."""
+    if family == "deepseek_v2":
+        if (method := values["topk_method"]) not in ("greedy", "group_limited_greedy"):
+            raise ValueError(
+                f"deepseek_v2 with topk_method={method!r} is not one of greedy, group_limited_greedy"
+            )
+        return {"scoring_func": "softmax", "norm_topk_prob": False}
+    for key, expected in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        if (value := values.get(key)) not in (expected, None):
+            raise ValueError(f"{family} with {key}={value!r} is not supported, only {expected!r}")
+    return {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+
+
+def _dense_prefix(given: Mapping[str, Any]) -> dict[str, int]:
+    """`mlp_layer_types`, where present, replaces `first_k_dense_replace`."""
+    types = given.get("mlp_layer_types")
+    if types is None:
+        return {}
+    prefix = list(types).index("sparse") if "sparse" in types else len(types)
+    if list(types) != ["dense"] * prefix + ["sparse"] * (len(types) - prefix):
+        raise ValueError(f"mlp_layer_types must be dense layers, then sparse ones, got {types}")
+    return {"first_k_dense_replace": prefix}
+
+
+def _as_ids(eos: int | list[int] | None) -> tuple[int, ...]:
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _rope(given: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling from `rope_theta` + `rope_scaling` (old) or `rope_parameters` (new)."""
+    rope = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    theta = float(rope.pop("rope_theta", None) or given.get("rope_theta") or 10000.0)
+    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if rope_type == "default":
+        return theta, None
+    longest = values.get("max_position_embeddings") or DeepSeekConfig.max_position_embeddings
+    key = "original_max_position_embeddings"
+    original = int(given.get(key) or rope.get(key) or longest)
+    scaling: dict[str, Any] = {k: v for k, v in rope.items() if k in _ROPE_FIELDS and v is not None}
+    scaling[key] = original
+    if rope_type == "yarn":
+        scaling.setdefault("factor", longest / original)
+        for key in ("beta_fast", "beta_slow"):  # null and 0 mean the default
+            if not scaling.get(key):
+                scaling.pop(key, None)
+        return theta, RopeScaling("yarn", **scaling)
+    if rope_type != "longrope":
+        raise ValueError(f"rope type {rope_type!r} is not one of default, yarn, longrope")
+    if longest > original:
+        raise ValueError(
+            f"longrope with max_position_embeddings={longest} beyond "
+            f"original_max_position_embeddings={original} is not supported"
+        )
+    short = tuple(float(f) for f in rope.get("short_factor") or ())
+    if len(short) != values["qk_rope_head_dim"] // 2:
+        raise ValueError(
+            f"longrope short_factor has {len(short)} entries, expected "
+            f"qk_rope_head_dim / 2 = {values['qk_rope_head_dim'] // 2}"
+        )
+    scaling["factor"] = 1.0
+    return theta, RopeScaling("longrope", short_factor=short, **scaling)
+
+
+def write(config: DeepSeekConfig) -> dict[str, Any]:
+    """The dict to write as config.json, in the spelling that every reader knows."""
+    out = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    out["architectures"] = [_ARCHITECTURES[config.model_type]]
+    out["hidden_act"] = "silu"
+    out["num_key_value_heads"] = config.num_attention_heads
+    out["q_lora_rank"] = config.q_lora_rank
+    if config.n_routed_experts is None:
+        for key in ("first_k_dense_replace", "topk_method", "scoring_func", "norm_topk_prob",
+                    "routed_scaling_factor"):  # fmt: skip
+            out.pop(key)
+    if config.model_type == "glm4_moe_lite":
+        out["mlp_layer_types"] = (
+            ["dense"] * config.num_dense_layers + ["sparse"] * config.num_moe_layers
+        )
+    eos = config.eos_token_id
+    out["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
+    if (scaling := out.pop("rope_scaling", None)) is not None:
+        out["rope_scaling"] = {k: v for k, v in scaling.items() if v is not None}
+        out["rope_scaling"]["type"] = scaling["rope_type"]
+        if (short := scaling["short_factor"]) is not None:
+            out["rope_scaling"] |= {"short_factor": list(short), "long_factor": list(short)}
+    return out

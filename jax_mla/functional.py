@@ -1,0 +1,187 @@
+"""The model as functions: parameters are a plain dict, cache goes in and comes out, all of it jits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from jax_mla import inputs
+from jax_mla.cache import Cache, advance
+from jax_mla.config import DeepSeekConfig
+from jax_mla.layers.mla import Form
+from jax_mla.model import DeepSeek, ForwardTrace
+from jax_mla.sharding import ShardingRules
+
+Params = dict[str, Any]
+
+
+@functools.lru_cache
+def _split_abstract(config: DeepSeekConfig):
+    """GraphDef and State of the model with shapes instead of arrays. Needs no mesh."""
+    return nnx.split(nnx.eval_shape(lambda: DeepSeek(config, rngs=nnx.Rngs(0))))
+
+
+def bind(params: Params, config: DeepSeekConfig) -> DeepSeek:
+    """The module that computes with `params`. Call inside jit; it copies nothing."""
+    graphdef, abstract = _split_abstract(config)
+    state = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def init(key: Array, config: DeepSeekConfig) -> Params:
+    """Random parameters: weights normal with stddev config.initializer_range, norms 1, biases 0.
+
+    Returns:
+      A nested dict of arrays in config.dtype. Layers of one kind are stacked: every leaf below
+      `dense_layers` and `moe_layers` has a leading layer axis.
+    """
+    return nnx.to_pure_dict(nnx.state(DeepSeek(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def param_shardings(config: DeepSeekConfig, mesh: Mesh, rules: ShardingRules | None = None) -> Params:
+    """The tree of `init`, holding a NamedSharding where `init` holds an array.
+
+    Args:
+      rules: None takes the defaults of ShardingRules.
+
+    Raises:
+      ValueError: a mesh axis does not divide the axis that it is to split; both sizes are named.
+    """
+    rules = ShardingRules() if rules is None else rules
+    _, state = _split_abstract(config)
+
+    def place(path, variable):
+        axes = variable.get_metadata("logical_axes")
+        spec = rules.spec(axes)
+        inputs.check_divides(path, variable.get_value().shape, axes, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    placed = jax.tree_util.tree_map_with_path(place, state, is_leaf=is_variable)
+    return nnx.to_pure_dict(placed)
+
+
+def forward(
+    params: Params,
+    config: DeepSeekConfig,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    form: Form | None = None,
+) -> Float[Array, "B T V"]:
+    """Logits of the next token at every position, float32.
+
+    Args:
+      positions: for the rotary embedding; None counts from 0, anew in each segment.
+      segment_ids: tokens attend only to earlier tokens with their own id (packed sequences).
+      form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one.
+
+    Raises:
+      ValueError: a token id is outside the vocabulary, or shapes disagree.
+    """
+    tokens = inputs.check_tokens(tokens, config)
+    inputs.check_same_shape(tokens, positions=positions, segment_ids=segment_ids)
+    return _forward(params, config, tokens, positions, segment_ids, form)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "form"))
+def _forward(params, config, tokens, positions, segment_ids, form):
+    return bind(params, config)(tokens, positions=positions, segment_ids=segment_ids, form=form)
+
+
+def forward_trace(
+    params: Params,
+    config: DeepSeekConfig,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    form: Form | None = None,
+) -> ForwardTrace:
+    """`forward` with the hidden states and expert choices of every layer. Arguments as there."""
+    tokens = inputs.check_tokens(tokens, config)
+    inputs.check_same_shape(tokens, positions=positions, segment_ids=segment_ids)
+    return _forward_trace(params, config, tokens, positions, segment_ids, form)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "form"))
+def _forward_trace(params, config, tokens, positions, segment_ids, form):
+    return bind(params, config).trace(tokens, positions=positions, segment_ids=segment_ids, form=form)
+
+
+def prefill(
+    params: Params,
+    config: DeepSeekConfig,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    form: Form | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Appends prompts, or further chunks of them, to a cache.
+
+    Args:
+      tokens: right-padded.
+      cache: may hold earlier chunks. Not changed; donate it to your own jit to reuse its memory.
+      lengths: valid tokens of each row; None means all T. A row of length 0 keeps its cache, and
+        its logits mean nothing.
+      form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one.
+
+    Returns:
+      Float32 logits of the token after each row's last valid one, and the cache.
+
+    Raises:
+      ValueError: a token id is outside the vocabulary, a prompt does not fit into the cache, or a
+        page that is needed does not exist.
+    """
+    tokens = inputs.check_tokens(tokens, config)
+    lengths = inputs.check_lengths(lengths, tokens)
+    inputs.check_cache(cache, config, lengths)
+    has_context = not inputs.is_known_empty(cache)
+    return _prefill(params, config, tokens, cache, lengths, has_context=has_context, form=form)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "has_context", "form"))
+def _prefill(params, config, tokens, cache, lengths, *, has_context, form):
+    model = bind(params, config)
+    x, cache = model.prefill(tokens, cache, num_new=lengths, has_context=has_context, form=form)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return model.head(jnp.take_along_axis(x, last, axis=1)[:, 0]), advance(cache, lengths)
+
+
+def decode_step(
+    params: Params, config: DeepSeekConfig, token: Int[Array, "B *T"], cache: Cache
+) -> tuple[Float[Array, "B *T V"], Cache]:
+    """Appends one token of every sequence, or T of them, and predicts what follows each.
+
+    Args:
+      token: Int[B] for one token a sequence, Int[B T] for several (speculative decoding).
+      cache: not changed; donate it to your own jit to reuse its memory.
+
+    Returns:
+      Float32 logits with the axes of `token` and V, and the cache.
+
+    Raises:
+      ValueError: as `prefill`.
+    """
+    token = inputs.check_tokens(token, config, num_axes=(1, 2))
+    inputs.check_cache(cache, config, token.shape[1] if token.ndim == 2 else 1, batch=token.shape[0])
+    return _decode_step(params, config, token, cache)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _decode_step(params, config, token, cache):
+    model = bind(params, config)
+    tokens = token.reshape(token.shape[0], -1)
+    x, cache = model.decode(tokens, cache)
+    logits = model.head(x).reshape(*token.shape, -1)
+    return logits, advance(cache, jnp.full(token.shape[0], tokens.shape[1], jnp.int32))

@@ -1,0 +1,106 @@
+"""Checks of what a caller passes in, made before any device work where the values are concrete."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_mla.cache import LatentCache, PagedLatentCache, capacity
+from jax_mla.config import DeepSeekConfig
+
+
+def concrete(x) -> np.ndarray | None:
+    """The values of x, or None while they are being traced or live on other hosts."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return None
+    return np.asarray(x)
+
+
+def check_tokens(tokens, config: DeepSeekConfig, *, num_axes: tuple[int, ...] = (2,)) -> jax.Array:
+    """Token ids as int32, all of them within the vocabulary."""
+    shape, dtype = np.shape(tokens), jnp.result_type(tokens)
+    if len(shape) not in num_axes:
+        expected = " or ".join("Int[B T]" if n == 2 else "Int[B]" for n in num_axes)
+        raise ValueError(f"tokens must be {expected}, got shape {shape}")
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers, got dtype {dtype}")
+    if math.prod(shape) == 0:
+        raise ValueError(f"tokens must hold at least one token, got shape {shape}")
+    if (values := concrete(tokens)) is not None:
+        outside = values[(values < 0) | (values >= config.vocab_size)]
+        if outside.size:
+            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}")
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def check_same_shape(tokens: jax.Array, **others) -> None:
+    for name, other in others.items():
+        if other is not None and np.shape(other) != tokens.shape:
+            raise ValueError(f"{name} has shape {np.shape(other)}, tokens have {tokens.shape}")
+
+
+def check_lengths(lengths, tokens: jax.Array) -> jax.Array:
+    """Valid tokens of each row; all of them when None."""
+    batch, num_tokens = tokens.shape
+    if lengths is None:
+        return jnp.full(batch, num_tokens, jnp.int32)
+    if np.shape(lengths) != (batch,):
+        raise ValueError(f"lengths have shape {np.shape(lengths)}, tokens {tokens.shape} need ({batch},)")
+    if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
+        raise ValueError(f"lengths must be integers, got dtype {jnp.result_type(lengths)}")
+    if (values := concrete(lengths)) is not None:
+        outside = values[(values < 0) | (values > num_tokens)]
+        if outside.size:
+            raise ValueError(f"length {outside[0]} is not between 0 and the {num_tokens} tokens given")
+    return jnp.asarray(lengths, jnp.int32)
+
+
+def check_cache(cache: LatentCache | PagedLatentCache, config: DeepSeekConfig, num_new, *, batch=None) -> None:
+    """The cache is of this model and batch and has room for `num_new` tokens of each sequence."""
+    layers, num_pages, page_size, width = cache.pages.shape
+    if layers != config.num_hidden_layers or width != config.cache_row_dim:
+        raise ValueError(
+            f"the cache has {layers} layers of {width} numbers a token, the config "
+            f"{config.num_hidden_layers} of {config.cache_row_dim}"
+        )
+    batch = np.shape(num_new)[0] if batch is None else batch
+    if cache.lengths.shape[0] != batch:
+        raise ValueError(f"the cache holds {cache.lengths.shape[0]} sequences, tokens have {batch}")
+    old, new, table = (concrete(x) for x in (cache.lengths, num_new, cache.page_table))
+    if old is None or new is None or table is None:
+        return
+    needed = np.where(new > 0, old + new, 0)
+    if (longest := needed.max()) > capacity(cache):
+        row = needed.argmax()
+        raise ValueError(
+            f"sequence {row} would hold {longest} tokens, the cache has room for {capacity(cache)}"
+        )
+    is_used = np.arange(table.shape[1])[None, :] < -(-needed // page_size)[:, None]
+    bad = is_used & ((table < 0) | (table >= num_pages))
+    if bad.any():
+        row, slot = np.argwhere(bad)[0]
+        raise ValueError(
+            f"page_table[{row}, {slot}] is {table[row, slot]}, the cache has {num_pages} pages"
+        )
+
+
+def is_known_empty(cache: LatentCache | PagedLatentCache) -> bool:
+    lengths = concrete(cache.lengths)
+    return lengths is not None and not lengths.any()
+
+
+def check_divides(path, shape, logical_axes, spec, mesh) -> None:
+    """Every mesh axis divides the axis of the array that it splits."""
+    for size, axis, entry in zip(shape, logical_axes, spec, strict=True):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)}: axis {axis!r} of size {size} cannot be split "
+                f"over {parts} devices of mesh axis {'+'.join(names)!r}"
+            )

@@ -1,0 +1,136 @@
+"""Mixture of experts: a float32 router, dropless routed experts, shared experts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jax_mla.config import DeepSeekConfig
+from jax_mla.layers.mlp import SwiGLU
+from jax_mla.layers.weight import constant, project, weight
+from pallas_kernels import grouped_matmul
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """The A experts that each token goes to, in no particular order, and their weights."""
+
+    expert_index: Int[Array, "*B A"]
+    expert_weight: Float[Array, "*B A"]
+
+
+def route(logits: Float[Array, "M E"], bias: Float[Array, " E"] | None, config: DeepSeekConfig) -> Routing:
+    """Chooses A experts a token from router logits; everything in float32.
+
+    scores = softmax or sigmoid of the logits. `greedy` takes the A best. The other two first keep
+    the `topk_group` best of `n_group` groups: `group_limited_greedy` (V2) judges a group by its
+    best score, `noaux_tc` (V3) by the sum of its two best biased scores. The bias steers only the
+    choice: weights are the unbiased scores, normalised if `norm_topk_prob`, times
+    `routed_scaling_factor`.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.2; DeepSeek-V3, arXiv 2412.19437, section 2.1.
+    """
+    is_sigmoid = config.scoring_func == "sigmoid"
+    scores = jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits, axis=-1)
+    biased = scores if bias is None else scores + bias[None, :]
+    if config.topk_method == "group_limited_greedy":
+        biased = _keep_best_groups(biased, config, scores_per_group=1, dropped=0.0)
+    elif config.topk_method == "noaux_tc":
+        # Dropped experts get -inf, not 0: kept ones may be negative after the bias.
+        biased = _keep_best_groups(biased, config, scores_per_group=2, dropped=-jnp.inf)
+    expert_index = jax.lax.top_k(biased, config.num_experts_per_tok)[1]
+    expert_weight = jnp.take_along_axis(scores, expert_index, axis=-1)
+    if config.norm_topk_prob:
+        expert_weight = expert_weight / (expert_weight.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(expert_index, expert_weight * config.routed_scaling_factor)
+
+
+def _keep_best_groups(
+    scores: Float[Array, "M E"], config: DeepSeekConfig, *, scores_per_group: int, dropped: float
+) -> Float[Array, "M E"]:
+    num_groups, num_kept = config.n_group or 1, config.topk_group or 1
+    if num_kept == num_groups:
+        return scores
+    grouped = scores.reshape(scores.shape[0], num_groups, -1)
+    best = jax.lax.top_k(grouped, min(scores_per_group, grouped.shape[-1]))[0].sum(axis=-1)
+    kept = jax.lax.top_k(best, num_kept)[1]
+    is_kept = jax.nn.one_hot(kept, num_groups, dtype=jnp.bool_).any(axis=-2)
+    return jnp.where(is_kept[..., None], grouped, dropped).reshape(scores.shape)
+
+
+class Experts(nnx.Module):
+    """E feed-forward layers of one shape, applied to rows that are sorted by expert."""
+
+    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
+        E, D, F = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        options = {"stddev": config.initializer_range, "dtype": config.dtype}
+        self.gate_proj = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), **options)
+        self.up_proj = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), **options)
+        self.down_proj = weight(rngs, (E, F, D), ("expert", "mlp", "embed"), **options)
+
+    def __call__(self, rows: Float[Array, "M D"], group_sizes: Int[Array, " E"]) -> Float[Array, "M D"]:
+        gate = grouped_matmul(rows, self.gate_proj[...].astype(rows.dtype), group_sizes)
+        up = grouped_matmul(rows, self.up_proj[...].astype(rows.dtype), group_sizes)
+        down = self.down_proj[...].astype(rows.dtype)
+        return grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes)
+
+
+class MoE(nnx.Module):
+    """DeepSeek's mixture of experts; no token is ever dropped.
+
+    y = sum_a expert_weight[a] * expert[expert_index[a]](x) + shared(x)
+
+    Args:
+      config: reads hidden_size, moe_intermediate_size, n_routed_experts, n_shared_experts,
+        num_experts_per_tok and the router's fields.
+
+    Cost: A + n_shared_experts feed-forward layers of width moe_intermediate_size a token.
+    """
+
+    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        D, E, F = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
+        if D is None or E is None or F is None:
+            raise ValueError(f"MoE needs n_routed_experts and moe_intermediate_size, got {E} and {F}")
+        options = {"stddev": config.initializer_range, "dtype": config.dtype}
+        self.gate = weight(rngs, (D, E), ("embed", "expert"), **options)
+        if config.topk_method == "noaux_tc":
+            # float32 in every checkpoint: it decides between scores that bfloat16 would make equal
+            self.e_score_correction_bias = constant(0.0, (E,), ("expert",), dtype="float32")
+        self.experts = Experts(config, rngs=rngs)
+        if config.n_shared_experts:
+            self.shared_experts = SwiGLU(D, F * config.n_shared_experts, rngs=rngs, **options)
+
+    def route(self, x: Float[Array, "*B D"]) -> Routing:
+        """The experts and weights of every token; the router multiplies in float32."""
+        logits = project("...D,DE->...E", x.astype(jnp.float32), self.gate[...])
+        has_bias = self.config.topk_method == "noaux_tc"
+        # The bias balances load by its own rule (arXiv 2408.15664) and never sees a gradient.
+        bias = jax.lax.stop_gradient(self.e_score_correction_bias[...]) if has_bias else None
+        flat = route(logits.reshape(-1, logits.shape[-1]), bias, self.config)
+        return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), flat)
+
+    def __call__(self, x: Float[Array, "*B D"], routing: Routing | None = None) -> Float[Array, "*B D"]:
+        """Applies the layer; `routing` replaces the router's own choice."""
+        routing = self.route(x) if routing is None else routing
+        y = self._routed(x, routing)
+        if self.config.n_shared_experts:
+            y = y + self.shared_experts(x)
+        return y
+
+    def _routed(self, x: Float[Array, "*B D"], routing: Routing) -> Float[Array, "*B D"]:
+        num_experts, active = self.experts.gate_proj.shape[0], routing.expert_index.shape[-1]
+        tokens = x.reshape(-1, x.shape[-1])
+        expert_of_row = routing.expert_index.reshape(-1)
+        order = jnp.argsort(expert_of_row)
+        group_sizes = jnp.bincount(expert_of_row, length=num_experts)
+        rows = self.experts(tokens[order // active], group_sizes)
+        by_token = rows[jnp.argsort(order)].reshape(-1, active, x.shape[-1])
+        weights = routing.expert_weight.reshape(-1, active)
+        y = jnp.einsum("MAD,MA->MD", by_token.astype(jnp.float32), weights)
+        return y.astype(x.dtype).reshape(x.shape)

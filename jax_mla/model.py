@@ -1,0 +1,179 @@
+"""The whole model: embedding, a stack of dense blocks, a stack of MoE blocks, norm, head."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jax_mla.cache import Cache
+from jax_mla.config import DeepSeekConfig
+from jax_mla.layers.block import Block, scan_stack, stack
+from jax_mla.layers.mla import Form
+from jax_mla.layers.norm import RMSNorm
+from jax_mla.layers.rope import rope_tables
+from jax_mla.layers.weight import weight
+from pallas_kernels import MLADecodePlan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ForwardTrace:
+    """What a forward pass computed on its way, layer by layer.
+
+    Attributes:
+      hidden_states: the embedding, the output of every block but the last, the last after the norm.
+      expert_index: the experts of every MoE layer, None without one; in no particular order.
+      expert_weight: their weights.
+    """
+
+    logits: Float[Array, "B T V"]
+    hidden_states: Float[Array, "layers_and_one B T D"]
+    expert_index: Int[Array, "L B T A"] | None
+    expert_weight: Float[Array, "L B T A"] | None
+
+
+class DeepSeek(nnx.Module):
+    """A DeepSeek-family language model.
+
+    Args:
+      config: the architecture; its dtype is that of the weights.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, figure 2.
+    """
+
+    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        V, D = config.vocab_size, config.hidden_size
+        options = {"stddev": config.initializer_range, "dtype": config.dtype}
+        self.embed_tokens = weight(rngs, (V, D), ("vocab", "embed"), **options)
+        if config.num_dense_layers:
+            self.dense_layers = stack(config, "dense", config.num_dense_layers, rngs=rngs)
+        if config.num_moe_layers:
+            self.moe_layers = stack(config, "moe", config.num_moe_layers, rngs=rngs)
+        self.norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=config.dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = weight(rngs, (D, V), ("embed", "vocab"), **options)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        form: Form | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of every next token, float32."""
+        x, _ = self._forward(tokens, positions, segment_ids, form, trace=False)
+        return self.head(x)
+
+    def trace(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        form: Form | None = None,
+    ) -> ForwardTrace:
+        """The same pass, with all that it computed on its way."""
+        x, layers = self._forward(tokens, positions, segment_ids, form, trace=True)
+        before = jnp.concatenate([inputs for inputs, _ in layers])  # what each block was given
+        routing = next((r for _, r in layers if r is not None), None)
+        index, weights = (None, None) if routing is None else (routing.expert_index, routing.expert_weight)
+        return ForwardTrace(self.head(x), jnp.concatenate([before, x[None]]), index, weights)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        *,
+        num_new: Int[Array, " B"],
+        has_context: bool = True,
+        form: Form | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of right-padded tokens on top of a cache, and the cache with them."""
+        tables = self._cached_tables(tokens, cache)
+        options = {"num_new": num_new, "has_context": has_context, "form": form}
+        return self._run_cached(tokens, cache, lambda mla, x, c, i: mla.prefill(x, c, i, tables, **options))
+
+    def decode(
+        self, tokens: Int[Array, "B T"], cache: Cache, *, plan: MLADecodePlan | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of T tokens on top of a cache, and the cache with them."""
+        tables = self._cached_tables(tokens, cache)
+        return self._run_cached(tokens, cache, lambda mla, x, c, i: mla.decode(x, c, i, tables, plan=plan))
+
+    def head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 logits of normed hidden states."""
+        if self.config.logits_divisor != 1.0:
+            x = x / self.config.logits_divisor
+        tied = self.config.tie_word_embeddings
+        equation, w = ("...D,VD->...V", self.embed_tokens) if tied else ("...D,DV->...V", self.lm_head)
+        w = w[...].astype(x.dtype)
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.einsum(equation, x, w, precision=highest, preferred_element_type=jnp.float32)
+
+    def _embed(self, tokens):
+        x = self.embed_tokens[...][tokens]
+        return x if self.config.scale_emb == 1.0 else x * jnp.asarray(self.config.scale_emb, x.dtype)
+
+    def _stacks(self) -> list[tuple[Block, int]]:
+        """The stacks in order, each with the number of its first layer."""
+        stacks = []
+        if self.config.num_dense_layers:
+            stacks.append((self.dense_layers, 0))
+        if self.config.num_moe_layers:
+            stacks.append((self.moe_layers, self.config.num_dense_layers))
+        return stacks
+
+    def _forward(self, tokens, positions, segment_ids, form, *, trace: bool) -> tuple[Array, list[Any]]:
+        if positions is None:
+            positions = _positions(tokens, segment_ids)
+        c = self.config
+        tables = rope_tables(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
+
+        def attend(mla, x):
+            return mla(x, tables, segment_ids=segment_ids, form=form), None
+
+        def run(block, x, layer):
+            y, _, routing = block(x, attend)
+            return y, ((x, routing) if trace else None)
+
+        x, traces = self._embed(tokens), []
+        for blocks, first in self._stacks():
+            x, traced = scan_stack(blocks, run, x, first)
+            traces.append(traced)
+        return self.norm(x), traces
+
+    def _run_cached(self, tokens, cache, attend) -> tuple[Array, Any]:
+        def run(block, carry, layer):
+            x, cache = carry
+            x, cache, _ = block(x, lambda mla, normed: attend(mla, normed, cache, layer))
+            return (x, cache), None
+
+        # The cache is carried, not scanned over: each layer writes its rows in place.
+        carry = (self._embed(tokens), cache)
+        for blocks, first in self._stacks():
+            carry, _ = scan_stack(blocks, run, carry, first)
+        x, cache = carry
+        return self.norm(x), cache
+
+    def _cached_tables(self, tokens, cache):
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        c = self.config
+        return rope_tables(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
+
+
+def _positions(tokens, segment_ids):
+    """0, 1, 2, ... from the first token of each segment."""
+    count = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    if segment_ids is None:
+        return count
+    is_first = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return count - jax.lax.cummax(jnp.where(is_first, count, 0), axis=1)
