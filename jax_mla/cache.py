@@ -107,7 +107,9 @@ class PagedLatentCache:
             page_table = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
         page_table = jnp.asarray(page_table, jnp.int32)
         if page_table.ndim != 2:
-            raise ValueError(f"page_table must have 2 axes [B, max_pages], got shape {page_table.shape}")
+            raise ValueError(
+                f"page_table must have 2 axes [B, max_pages], got shape {page_table.shape}"
+            )
         lengths = jnp.zeros(page_table.shape[0], jnp.int32)
         return cls(_zero_pages(config, num_pages, page_size, dtype), lengths, page_table)
 
@@ -115,7 +117,9 @@ class PagedLatentCache:
 Cache = TypeVar("Cache", LatentCache, PagedLatentCache)
 
 
-def _zero_pages(config: DeepSeekConfig, num_pages: int, page_size: int, dtype: str | None) -> jax.Array:
+def _zero_pages(
+    config: DeepSeekConfig, num_pages: int, page_size: int, dtype: str | None
+) -> jax.Array:
     shape = (config.num_hidden_layers, num_pages, page_size, config.cache_row_dim)
     return jnp.zeros(shape, dtype or config.dtype)
 
@@ -140,7 +144,9 @@ def layer_pages(
     return pool, cache.page_table + layer * num_pages
 
 
-def append(cache: Cache, layer: int | Array, rows: Float[Array, "B T X"], num_new: Int[Array, " B"]) -> Cache:
+def append(
+    cache: Cache, layer: int | Array, rows: Float[Array, "B T X"], num_new: Int[Array, " B"]
+) -> Cache:
     """Writes the first `num_new[b]` of T rows behind the cached ones of sequence b.
 
     Lengths stay as they are until `advance`, because all layers append at the same place. Rows

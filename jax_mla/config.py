@@ -45,7 +45,11 @@ class RopeScaling:
             return self.attention_factor
         if self.rope_type == "longrope":
             original = self.original_max_position_embeddings
-            return math.sqrt(1 + math.log(self.factor) / math.log(original)) if self.factor > 1 else 1.0
+            return (
+                math.sqrt(1 + math.log(self.factor) / math.log(original))
+                if self.factor > 1
+                else 1.0
+            )
         if self.mscale and self.mscale_all_dim:
             of_all = yarn_mscale(self.factor, self.mscale_all_dim)
             return yarn_mscale(self.factor, self.mscale) / of_all
@@ -54,11 +58,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepSeekConfig:
-    """A DeepSeek-family architecture. Field names are the checkpoints' own; hashable, never mutated.
+    """A DeepSeek-family architecture; field names are the checkpoints' own. Hashable.
 
-    `dtype` is that of new parameters and caches. Dense models (`youtu`, `minicpm3`) have `n_routed_experts=None`. `eos_token_id` is a tuple:
-    generation stops at any of its ids. `mlp` layers before `first_k_dense_replace` are dense, the
-    rest are mixtures of experts.
+    `dtype` is that of new parameters and caches. Layers before `first_k_dense_replace` are dense,
+    the rest are mixtures of experts; dense models (`youtu`, `minicpm3`) have
+    `n_routed_experts=None`. `eos_token_id` is a tuple: generation stops at any of its ids.
 
     Raises:
       ValueError: sizes disagree; the message names both with their values.
@@ -110,25 +114,28 @@ class DeepSeekConfig:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            if (value := getattr(self, name)) is not None and value < 1:
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
         if self.first_k_dense_replace < 0:
-            raise ValueError(f"first_k_dense_replace must be >= 0, got {self.first_k_dense_replace}")
+            raise ValueError(
+                f"first_k_dense_replace must be >= 0, got {self.first_k_dense_replace}"
+            )
         if self.num_moe_layers:
             self._check_experts()
 
     def _check_experts(self) -> None:
-        experts, active = self.n_routed_experts, self.num_experts_per_tok
-        if self.moe_intermediate_size is None or active is None or experts is None:
-            raise ValueError(
-                f"n_routed_experts={experts} needs num_experts_per_tok and moe_intermediate_size, "
-                f"got {active} and {self.moe_intermediate_size}"
-            )
+        experts, active, _ = self.moe_sizes
         if self.topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
             raise ValueError(
-                f"topk_method {self.topk_method!r} is not one of greedy, group_limited_greedy, noaux_tc"
+                f"topk_method {self.topk_method!r} is not one of "
+                "greedy, group_limited_greedy, noaux_tc"
             )
         groups, kept = self.n_group or 1, self.topk_group or 1
         if experts % groups:
@@ -163,6 +170,22 @@ class DeepSeekConfig:
         return self.num_hidden_layers - self.num_dense_layers
 
     @property
+    def moe_sizes(self) -> tuple[int, int, int]:
+        """E, A and F of the mixture of experts.
+
+        Raises:
+          ValueError: the model is dense.
+        """
+        experts, active = self.n_routed_experts, self.num_experts_per_tok
+        width = self.moe_intermediate_size
+        if experts is None or active is None or width is None:
+            raise ValueError(
+                "a mixture of experts needs n_routed_experts, num_experts_per_tok and "
+                f"moe_intermediate_size, got {experts}, {active} and {width}"
+            )
+        return experts, active, width
+
+    @property
     def softmax_scale(self) -> float:
         """(P + R) ** -0.5, times YaRN's mscale squared when `mscale_all_dim` is set."""
         scale = self.qk_head_dim**-0.5
@@ -172,7 +195,7 @@ class DeepSeekConfig:
 
     @property
     def residual_scale(self) -> float:
-        """What each block output is multiplied by before it joins the residual stream (MiniCPM3)."""
+        """What a branch is multiplied by before it joins the residual stream (MiniCPM3)."""
         return 1.0 if self.scale_depth is None else self.scale_depth / self.num_hidden_layers**0.5
 
     @property
@@ -205,6 +228,10 @@ _POSITIVE = (
     "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
     "max_position_embeddings",
 )  # fmt: skip
+_MAY_BE_NONE = {
+    "q_lora_rank", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group",
+    "topk_group",
+}  # fmt: skip
 
 
 def _yarn(factor: float, original: int, mscale: float, beta_fast: float = 32.0) -> RopeScaling:
@@ -219,7 +246,7 @@ def tiny() -> DeepSeekConfig:
         qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8,
         n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, n_group=4,
         topk_group=2, routed_scaling_factor=2.5, max_position_embeddings=4096,
-        rope_scaling=_yarn(16.0, 256, 1.0), bos_token_id=256, eos_token_id=(257,), pad_token_id=258,
+        rope_scaling=_yarn(8.0, 512, 1.0), bos_token_id=256, eos_token_id=(257,), pad_token_id=258,
     )  # fmt: skip
 
 
@@ -247,7 +274,7 @@ def v2() -> DeepSeekConfig:
 
 
 def v3() -> DeepSeekConfig:
-    """DeepSeek-V3 and R1: 671 B parameters, 37 B active, without the multi-token-prediction layer."""
+    """DeepSeek-V3 and R1: 671 B parameters, 37 B active; multi-token prediction not counted."""
     return DeepSeekConfig(
         vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
         num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_mla.config import DeepSeekConfig, RopeScaling
 
-# What a published config.json may leave out, by family: the defaults of its reference configuration.
+# What a published config.json may leave out: the defaults of each reference configuration.
 _MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _V3 = _MLA | {
     "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
@@ -91,7 +91,7 @@ def read(config: Mapping[str, Any]) -> DeepSeekConfig:
     given = {_ALIASES.get(key, key): value for key, value in config.items()}
     _refuse_what_we_do_not_compute(family, given)
     known = {field.name for field in dataclasses.fields(DeepSeekConfig)} - {"rope_scaling"}
-    values = _DEFAULTS[family] | {k: v for k, v in given.items() if k in known}
+    values: dict[str, Any] = _DEFAULTS[family] | {k: v for k, v in given.items() if k in known}
     if family == "minicpm3" and values.get("v_head_dim") is None:
         values["v_head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     if family == "glm4_moe_lite":  # its reference reads mlp_layer_types only
@@ -104,9 +104,12 @@ def read(config: Mapping[str, Any]) -> DeepSeekConfig:
         values["rope_interleave"] = family == "deepseek_v2"
     values["eos_token_id"] = _as_ids(values["eos_token_id"])
     values["rope_theta"], values["rope_scaling"] = _rope(given, values)
+    missing = dataclasses.MISSING  # a null stands where null means something, else for the default
+    required = {f.name for f in dataclasses.fields(DeepSeekConfig) if f.default is missing}
     optional = {f.name for f in dataclasses.fields(DeepSeekConfig) if f.default is None}
-    optional |= {"q_lora_rank"}
-    return DeepSeekConfig(**{k: v for k, v in values.items() if v is not None or k in optional})
+    keep = required | optional
+    fields: dict[str, Any] = {k: v for k, v in values.items() if v is not None or k in keep}
+    return DeepSeekConfig(**fields)
 
 
 def _family(config: Mapping[str, Any]) -> str:
@@ -128,9 +131,7 @@ def _refuse_what_we_do_not_compute(family: str, given: Mapping[str, Any]) -> Non
     heads = given.get("num_attention_heads", _DEFAULTS[family]["num_attention_heads"])
     kv_heads = given.get("num_key_value_heads")
     if kv_heads not in (None, heads):
-        raise ValueError(
-            f"num_key_value_heads={kv_heads} must equal num_attention_heads={heads} in latent attention"
-        )
+        raise ValueError(f"num_key_value_heads={kv_heads} must equal num_attention_heads={heads}")
 
 
 def _router(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +139,8 @@ def _router(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if family == "deepseek_v2":
         if (method := values["topk_method"]) not in ("greedy", "group_limited_greedy"):
             raise ValueError(
-                f"deepseek_v2 with topk_method={method!r} is not one of greedy, group_limited_greedy"
+                f"deepseek_v2 with topk_method={method!r} is not one of "
+                "greedy, group_limited_greedy"
             )
         return {"scoring_func": "softmax", "norm_topk_prob": False}
     for key, expected in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
@@ -152,21 +154,29 @@ def _dense_prefix(given: Mapping[str, Any]) -> dict[str, int]:
     types = given.get("mlp_layer_types")
     if types is None:
         return {}
-    prefix = list(types).index("sparse") if "sparse" in types else len(types)
-    if list(types) != ["dense"] * prefix + ["sparse"] * (len(types) - prefix):
+    if not isinstance(types, list):
+        raise ValueError(
+            f"mlp_layer_types must be a list with a name for each layer, got {types!r}"
+        )
+    prefix = types.index("sparse") if "sparse" in types else len(types)
+    if types != ["dense"] * prefix + ["sparse"] * (len(types) - prefix):
         raise ValueError(f"mlp_layer_types must be dense layers, then sparse ones, got {types}")
     return {"first_k_dense_replace": prefix}
 
 
 def _as_ids(eos: int | list[int] | None) -> tuple[int, ...]:
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"eos_token_id must be a token id or a list of them, got {eos!r}")
+    return ids
 
 
 def _rope(given: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Theta and scaling from `rope_theta` + `rope_scaling` (old) or `rope_parameters` (new)."""
-    rope = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_scaling must be an object with named values, got {rope!r}")
+    rope = dict(rope)
     theta = float(rope.pop("rope_theta", None) or given.get("rope_theta") or 10000.0)
     rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     if rope_type == "default":
@@ -199,26 +209,45 @@ def _rope(given: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[float, R
     return theta, RopeScaling("longrope", short_factor=short, **scaling)
 
 
+_MOE_FIELDS = (
+    "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
+    "first_k_dense_replace", "n_group", "topk_group", "topk_method", "scoring_func",
+    "norm_topk_prob", "routed_scaling_factor",
+)  # fmt: skip
+_MINICPM_FIELDS = ("scale_emb", "scale_depth", "dim_model_base")
+
+
 def write(config: DeepSeekConfig) -> dict[str, Any]:
     """The dict to write as config.json, in the spelling that every reader knows."""
-    out = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    out = dataclasses.asdict(config)
+    for key in _MOE_FIELDS if config.n_routed_experts is None else ():
+        out.pop(key)
+    for key in _MINICPM_FIELDS if config.model_type != "minicpm3" else ():
+        out.pop(key)
     out["architectures"] = [_ARCHITECTURES[config.model_type]]
     out["hidden_act"] = "silu"
     out["num_key_value_heads"] = config.num_attention_heads
-    out["q_lora_rank"] = config.q_lora_rank
-    if config.n_routed_experts is None:
-        for key in ("first_k_dense_replace", "topk_method", "scoring_func", "norm_topk_prob",
-                    "routed_scaling_factor"):  # fmt: skip
-            out.pop(key)
+    if config.topk_method == "noaux_tc" and config.n_routed_experts is not None:
+        # Its readers count groups; no groups is one group.
+        out |= {"n_group": config.n_group or 1, "topk_group": config.topk_group or 1}
     if config.model_type == "glm4_moe_lite":
-        out["mlp_layer_types"] = (
-            ["dense"] * config.num_dense_layers + ["sparse"] * config.num_moe_layers
-        )
+        out["mlp_layer_types"] = ["dense"] * config.num_dense_layers + [
+            "sparse"
+        ] * config.num_moe_layers
     eos = config.eos_token_id
     out["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
-    if (scaling := out.pop("rope_scaling", None)) is not None:
-        out["rope_scaling"] = {k: v for k, v in scaling.items() if v is not None}
-        out["rope_scaling"]["type"] = scaling["rope_type"]
-        if (short := scaling["short_factor"]) is not None:
-            out["rope_scaling"] |= {"short_factor": list(short), "long_factor": list(short)}
+    out["rope_scaling"] = None if config.rope_scaling is None else _write_rope(config.rope_scaling)
     return out
+
+
+def _write_rope(scaling: RopeScaling) -> dict[str, Any]:
+    original = {"original_max_position_embeddings": scaling.original_max_position_embeddings}
+    if scaling.rope_type == "longrope":
+        factors = list(scaling.short_factor or ())
+        out: dict[str, Any] = original | {"short_factor": factors, "long_factor": factors}
+        out["attention_factor"] = scaling.attention_factor
+    else:
+        out = dataclasses.asdict(scaling)
+        out.pop("short_factor")
+    out = {k: v for k, v in out.items() if v is not None}
+    return out | {"type": scaling.rope_type, "rope_type": scaling.rope_type}

@@ -1,4 +1,4 @@
-"""The model as functions: parameters are a plain dict, cache goes in and comes out, all of it jits."""
+"""The model as functions: parameters are a plain dict, cache goes in and comes out, all jits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def init(key: Array, config: DeepSeekConfig) -> Params:
     return nnx.to_pure_dict(nnx.state(DeepSeek(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
-def param_shardings(config: DeepSeekConfig, mesh: Mesh, rules: ShardingRules | None = None) -> Params:
+def param_shardings(
+    config: DeepSeekConfig, mesh: Mesh, rules: ShardingRules | None = None
+) -> Params:
     """The tree of `init`, holding a NamedSharding where `init` holds an array.
 
     Args:
@@ -115,7 +117,9 @@ def forward_trace(
 
 @functools.partial(jax.jit, static_argnames=("config", "form"))
 def _forward_trace(params, config, tokens, positions, segment_ids, form):
-    return bind(params, config).trace(tokens, positions=positions, segment_ids=segment_ids, form=form)
+    return bind(params, config).trace(
+        tokens, positions=positions, segment_ids=segment_ids, form=form
+    )
 
 
 def prefill(
@@ -159,8 +163,8 @@ def _prefill(params, config, tokens, cache, lengths, *, has_context, form):
 
 
 def decode_step(
-    params: Params, config: DeepSeekConfig, token: Int[Array, "B *T"], cache: Cache
-) -> tuple[Float[Array, "B *T V"], Cache]:
+    params: Params, config: DeepSeekConfig, token: Int[Array, "B ..."], cache: Cache
+) -> tuple[Float[Array, "B ... V"], Cache]:
     """Appends one token of every sequence, or T of them, and predicts what follows each.
 
     Args:
@@ -174,7 +178,9 @@ def decode_step(
       ValueError: as `prefill`.
     """
     token = inputs.check_tokens(token, config, num_axes=(1, 2))
-    inputs.check_cache(cache, config, token.shape[1] if token.ndim == 2 else 1, batch=token.shape[0])
+    inputs.check_cache(
+        cache, config, token.shape[1] if token.ndim == 2 else 1, batch=token.shape[0]
+    )
     return _decode_step(params, config, token, cache)
 
 

@@ -62,8 +62,8 @@ def generate(
 ) -> Generated:
     """Continues prompts until each has ended or `max_new_tokens` are written.
 
-    Compiled once for all prompts whose lengths fall into the same bucket (powers of two from 64 on),
-    whatever the sampling options, except that turning one of them on or off compiles anew.
+    Compiled once for all prompts whose lengths fall into the same bucket (powers of two from 64
+    on), whatever the sampling options; turning one of these on or off compiles anew.
 
     Args:
       tokens: right-padded prompts.
@@ -82,8 +82,8 @@ def generate(
     tokens = inputs.check_tokens(tokens, config)
     lengths = inputs.check_lengths(lengths, tokens)
     _check_options(lengths, max_new_tokens, temperature, top_k, top_p, min_p)
-    eos = config.eos_token_id if eos_token_ids is None else eos_token_ids
-    eos = (int(eos),) if np.ndim(eos) == 0 else tuple(int(i) for i in eos)
+    ends = config.eos_token_id if eos_token_ids is None else eos_token_ids
+    eos = tuple(int(i) for i in np.ravel(ends))
     pad = config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
     if key is None or isinstance(key, int):
         key = jax.random.key(key or 0)
@@ -109,7 +109,9 @@ _STATIC = ("config", "eos", "pad")
 def _start(params, config, tokens, lengths, key, options, new_bucket, eos, pad) -> _State:
     """Prefills an empty cache and writes the first token."""
     batch, num_tokens = tokens.shape
-    cache = LatentCache.empty(config, batch, num_tokens + new_bucket, dtype=params["embed_tokens"].dtype)
+    cache = LatentCache.empty(
+        config, batch, num_tokens + new_bucket, dtype=params["embed_tokens"].dtype
+    )
     model = bind(params, config)
     x, cache = model.prefill(tokens, cache, num_new=lengths, has_context=False)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -144,11 +146,15 @@ def _write(state: _State, logits, key, options, eos, pad) -> _State:
     else:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     token = jnp.where(state.is_active, token, pad)
-    has_ended = functools.reduce(jnp.logical_or, [token == i for i in eos], jnp.zeros_like(state.is_active))
+    has_ended = functools.reduce(
+        jnp.logical_or, [token == i for i in eos], jnp.zeros_like(state.is_active)
+    )
     return dataclasses.replace(
         state,
         token=token,
-        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.step)),
+        tokens=jax.lax.dynamic_update_slice(
+            state.tokens, token[:, None], (jnp.int32(0), state.step)
+        ),
         lengths=state.lengths + state.is_active,
         is_active=state.is_active & ~has_ended,
         step=state.step + 1,

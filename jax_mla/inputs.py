@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_mla.cache import LatentCache, PagedLatentCache, capacity
 from jax_mla.config import DeepSeekConfig
@@ -14,7 +15,7 @@ from jax_mla.config import DeepSeekConfig
 
 def concrete(x) -> np.ndarray | None:
     """The values of x, or None while they are being traced or live on other hosts."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return None
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return None
@@ -34,7 +35,9 @@ def check_tokens(tokens, config: DeepSeekConfig, *, num_axes: tuple[int, ...] = 
     if (values := concrete(tokens)) is not None:
         outside = values[(values < 0) | (values >= config.vocab_size)]
         if outside.size:
-            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}")
+            raise ValueError(
+                f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}"
+            )
     return jnp.asarray(tokens, jnp.int32)
 
 
@@ -50,17 +53,23 @@ def check_lengths(lengths, tokens: jax.Array) -> jax.Array:
     if lengths is None:
         return jnp.full(batch, num_tokens, jnp.int32)
     if np.shape(lengths) != (batch,):
-        raise ValueError(f"lengths have shape {np.shape(lengths)}, tokens {tokens.shape} need ({batch},)")
+        raise ValueError(
+            f"lengths have shape {np.shape(lengths)}, tokens {tokens.shape} need ({batch},)"
+        )
     if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
         raise ValueError(f"lengths must be integers, got dtype {jnp.result_type(lengths)}")
     if (values := concrete(lengths)) is not None:
         outside = values[(values < 0) | (values > num_tokens)]
         if outside.size:
-            raise ValueError(f"length {outside[0]} is not between 0 and the {num_tokens} tokens given")
+            raise ValueError(
+                f"length {outside[0]} is not between 0 and the {num_tokens} tokens given"
+            )
     return jnp.asarray(lengths, jnp.int32)
 
 
-def check_cache(cache: LatentCache | PagedLatentCache, config: DeepSeekConfig, num_new, *, batch=None) -> None:
+def check_cache(
+    cache: LatentCache | PagedLatentCache, config: DeepSeekConfig, num_new, *, batch=None
+) -> None:
     """The cache is of this model and batch and has room for `num_new` tokens of each sequence."""
     layers, num_pages, page_size, width = cache.pages.shape
     if layers != config.num_hidden_layers or width != config.cache_row_dim:

@@ -83,7 +83,9 @@ class DeepSeek(nnx.Module):
         x, layers = self._forward(tokens, positions, segment_ids, form, trace=True)
         before = jnp.concatenate([inputs for inputs, _ in layers])  # what each block was given
         routing = next((r for _, r in layers if r is not None), None)
-        index, weights = (None, None) if routing is None else (routing.expert_index, routing.expert_weight)
+        index, weights = (
+            (None, None) if routing is None else (routing.expert_index, routing.expert_weight)
+        )
         return ForwardTrace(self.head(x), jnp.concatenate([before, x[None]]), index, weights)
 
     def prefill(
@@ -98,28 +100,36 @@ class DeepSeek(nnx.Module):
         """Hidden states of right-padded tokens on top of a cache, and the cache with them."""
         tables = self._cached_tables(tokens, cache)
         options = {"num_new": num_new, "has_context": has_context, "form": form}
-        return self._run_cached(tokens, cache, lambda mla, x, c, i: mla.prefill(x, c, i, tables, **options))
+        return self._run_cached(
+            tokens, cache, lambda mla, x, c, i: mla.prefill(x, c, i, tables, **options)
+        )
 
     def decode(
         self, tokens: Int[Array, "B T"], cache: Cache, *, plan: MLADecodePlan | None = None
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of T tokens on top of a cache, and the cache with them."""
         tables = self._cached_tables(tokens, cache)
-        return self._run_cached(tokens, cache, lambda mla, x, c, i: mla.decode(x, c, i, tables, plan=plan))
+        return self._run_cached(
+            tokens, cache, lambda mla, x, c, i: mla.decode(x, c, i, tables, plan=plan)
+        )
 
     def head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of normed hidden states."""
         if self.config.logits_divisor != 1.0:
             x = x / self.config.logits_divisor
         tied = self.config.tie_word_embeddings
-        equation, w = ("...D,VD->...V", self.embed_tokens) if tied else ("...D,DV->...V", self.lm_head)
+        equation, w = (
+            ("...D,VD->...V", self.embed_tokens) if tied else ("...D,DV->...V", self.lm_head)
+        )
         w = w[...].astype(x.dtype)
         highest = jax.lax.Precision.HIGHEST
         return jnp.einsum(equation, x, w, precision=highest, preferred_element_type=jnp.float32)
 
     def _embed(self, tokens):
         x = self.embed_tokens[...][tokens]
-        return x if self.config.scale_emb == 1.0 else x * jnp.asarray(self.config.scale_emb, x.dtype)
+        return (
+            x if self.config.scale_emb == 1.0 else x * jnp.asarray(self.config.scale_emb, x.dtype)
+        )
 
     def _stacks(self) -> list[tuple[Block, int]]:
         """The stacks in order, each with the number of its first layer."""
@@ -130,7 +140,9 @@ class DeepSeek(nnx.Module):
             stacks.append((self.moe_layers, self.config.num_dense_layers))
         return stacks
 
-    def _forward(self, tokens, positions, segment_ids, form, *, trace: bool) -> tuple[Array, list[Any]]:
+    def _forward(
+        self, tokens, positions, segment_ids, form, *, trace: bool
+    ) -> tuple[Array, list[Any]]:
         if positions is None:
             positions = _positions(tokens, segment_ids)
         c = self.config

@@ -75,5 +75,7 @@ class ShardingRules:
         used = [a for e in entries if e is not None for a in ((e,) if isinstance(e, str) else e)]
         for axis in used:
             if used.count(axis) > 1:
-                raise ValueError(f"logical axes {logical_axes} use mesh axis {axis!r} twice: {entries}")
+                raise ValueError(
+                    f"logical axes {logical_axes} use mesh axis {axis!r} twice: {entries}"
+                )
         return PartitionSpec(*entries)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from jax_mla.config import DeepSeekConfig
 
@@ -11,25 +10,15 @@ from jax_mla.config import DeepSeekConfig
 BYTE_BOS, BYTE_EOS, BYTE_PAD = 256, 257, 258
 
 
-class Tokenizer(Protocol):
-    """What generation needs of a vocabulary."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, with the leading token that the model expects."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids without special tokens; what is not UTF-8 becomes U+FFFD."""
-        ...
-
-
 class ByteTokenizer:
     """Every byte of the UTF-8 text is its own id, after one BYTE_BOS."""
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a prompt, with the leading token that the model expects."""
         return [BYTE_BOS, *text.encode("utf-8")]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids without special tokens; what is not UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
@@ -50,11 +39,16 @@ class JsonTokenizer:
         self._bos = bos_token_id
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a prompt, with the leading token that the model expects."""
         ids = self._backend.encode(text).ids
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids without special tokens; what is not UTF-8 becomes U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+
+Tokenizer = ByteTokenizer | JsonTokenizer
 
 
 class TextStream:

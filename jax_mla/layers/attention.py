@@ -25,7 +25,13 @@ class KeyValueCache:
 
     @classmethod
     def empty(
-        cls, batch: int, max_tokens: int, num_kv_heads: int, head_dim: int, *, dtype: str = "float32"
+        cls,
+        batch: int,
+        max_tokens: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: str = "float32",
     ) -> KeyValueCache:
         shape = (batch, max_tokens, num_kv_heads, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))

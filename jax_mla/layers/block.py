@@ -29,7 +29,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: DeepSeekConfig, *, kind: Kind, rngs: nnx.Rngs):
-        self.kind, self.residual_scale = kind, config.residual_scale
+        self.residual_scale = config.residual_scale
         D, eps, dtype = config.hidden_size, config.rms_norm_eps, config.dtype
         self.input_layernorm = RMSNorm(D, eps=eps, dtype=dtype)
         self.self_attn = MLA(config, rngs=rngs)
@@ -43,11 +43,11 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], attend: Callable[[MLA, Array], tuple[Array, Any]]
     ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
-        """Runs the block; `attend(self_attn, normed)` says how, and what it returns beside is passed on."""
+        """Runs the block; `attend(self_attn, normed)` returns its output and what to pass on."""
         attended, state = attend(self.self_attn, self.input_layernorm(x))
         x = self._add(x, attended)
         normed = self.post_attention_layernorm(x)
-        if self.kind == "moe":
+        if isinstance(self.mlp, MoE):
             routing = self.mlp.route(normed)
             return self._add(x, self.mlp(normed, routing)), state, routing
         return self._add(x, self.mlp(normed)), state, None

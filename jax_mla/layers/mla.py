@@ -29,22 +29,30 @@ def choose_form(config: DeepSeekConfig, num_queries: int, num_cached: int) -> Fo
     """The cheaper way to attend `num_queries` new tokens to themselves and `num_cached` older ones.
 
     Expanding makes keys and values of every token, absorbing folds those weights into queries and
-    outputs, so that attention runs on the latents themselves:
+    outputs, so that attention runs on the latents themselves. With S = cached + T tokens and
+    pairs = T (cached + T / 2), two steps each:
 
-        expanded  2 S N C (P + H) + 2 pairs N (P + R + H)   and  2 S N (P + R + H) numbers moved
-        absorbed  2 T N C (P + H) + 2 pairs N (2 C + R)     and  S (C + R) numbers moved
+        expanded  make keys, values  2 S N C (P + H) operations, S N (P + R + H) numbers written
+                  attend             2 pairs N (P + R + H),      as many read
+        absorbed  fold the weights   2 T N C (P + H)
+                  attend             2 pairs N (2 C + R),        S (C + R) numbers read
 
-    with S = cached + T and pairs = T (cached + T / 2). For V3's sizes the operations break even near
-    T = 170 over a long cache: decoding absorbs, prefill expands.
+    A step costs its operations or its 2-byte numbers, whichever takes a GPU longer. For V3's sizes
+    the forms break even near T = 170 over a long cache: decoding absorbs, prefill expands.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C.
     """
     N, C, R = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
     P, H, T, S = config.qk_nope_head_dim, config.v_head_dim, num_queries, num_cached + num_queries
     pairs = T * (num_cached + T / 2)
-    both = 2 * N * C * (P + H)
-    expanded = S * both + 2 * pairs * N * (P + R + H) + FLOP_PER_BYTE * 4 * S * N * (P + R + H)
-    absorbed = T * both + 2 * pairs * N * (2 * C + R) + FLOP_PER_BYTE * 2 * S * (C + R)
+    weights = 2 * N * C * (P + H)
+
+    def step(operations, numbers):
+        return max(operations, FLOP_PER_BYTE * 2 * numbers)
+
+    keys_values = S * N * (P + R + H)
+    expanded = step(S * weights, keys_values) + step(2 * pairs * N * (P + R + H), keys_values)
+    absorbed = T * weights + step(2 * pairs * N * (2 * C + R), S * (C + R))
     return "expanded" if expanded < absorbed else "absorbed"
 
 
@@ -65,7 +73,9 @@ def absorb_query(
     return jnp.concatenate([project("BTNP,NPC->BTNC", q_nope, k_b_proj), q_pe], axis=-1)
 
 
-def value_up(out_c: Float[Array, "B T N C"], v_b_proj: Float[Array, "N H C"]) -> Float[Array, "B T N H"]:
+def value_up(
+    out_c: Float[Array, "B T N C"], v_b_proj: Float[Array, "N H C"]
+) -> Float[Array, "B T N H"]:
     """Head outputs from attention over latents: out_c @ W_UV."""
     return project("BTNC,NHC->BTNH", out_c, v_b_proj)
 
@@ -87,15 +97,27 @@ class MLA(nnx.Module):
 
     def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
         self.config = config
-        D, N, Q, C = config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
-        P, R, H, X = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.cache_row_dim
+        D, N, Q, C = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.q_lora_rank,
+            config.kv_lora_rank,
+        )
+        P, R, H, X = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+            config.cache_row_dim,
+        )
         options = {"stddev": config.initializer_range, "dtype": config.dtype}
         if Q is None:
             self.q_proj = weight(rngs, (D, N, P + R), ("embed", "heads", "head_dim"), **options)
         else:
             self.q_a_proj = weight(rngs, (D, Q), ("embed", "q_latent"), **options)
             self.q_a_layernorm = RMSNorm(Q, eps=LATENT_NORM_EPS, dtype=config.dtype)
-            self.q_b_proj = weight(rngs, (Q, N, P + R), ("q_latent", "heads", "head_dim"), **options)
+            self.q_b_proj = weight(
+                rngs, (Q, N, P + R), ("q_latent", "heads", "head_dim"), **options
+            )
         self.kv_a_proj_with_mqa = weight(rngs, (D, X), ("embed", "kv_latent"), **options)
         self.kv_a_layernorm = RMSNorm(C, eps=LATENT_NORM_EPS, dtype=config.dtype)
         self.k_b_proj = weight(rngs, (N, P, C), ("heads", "head_dim", "kv_latent"), **options)
@@ -138,7 +160,7 @@ class MLA(nnx.Module):
         *,
         plan: MLADecodePlan | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Appends T tokens of every sequence to the cache and attends them to all of it, absorbed."""
+        """Appends T tokens of every sequence to the cache and attends them to it, absorbed."""
         q_nope, q_pe = self._queries(x, tables)
         new = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
         cache = append(cache, layer, self._rows(x, tables), new)
@@ -174,7 +196,9 @@ class MLA(nnx.Module):
         rows = self._rows(x, tables)
         out, lse = self._attend_new(q_nope, q_pe, rows, form, lengths=num_new)
         if has_context:
-            attend = self._attend_cached_absorbed if form == "absorbed" else self._attend_cached_expanded
+            attend = (
+                self._attend_cached_absorbed if form == "absorbed" else self._attend_cached_expanded
+            )
             out, _ = merge_attention(out, lse, *attend(q_nope, q_pe, cache, layer))
         cache = append(cache, layer, rows, num_new)
         return self._output(out.astype(x.dtype), form), cache
@@ -216,7 +240,9 @@ class MLA(nnx.Module):
         pool, table = layer_pages(cache, layer)
         q = absorb_query(q_nope, q_pe, self.k_b_proj[...]).astype(pool.dtype)
         C, scale = self.config.kv_lora_rank, self.config.softmax_scale
-        out, lse = mla_decode(q, pool, table, cache.lengths, latent_dim=C, scale=scale, causal=False)
+        out, lse = mla_decode(
+            q, pool, table, cache.lengths, latent_dim=C, scale=scale, causal=False
+        )
         return out.astype(q_nope.dtype), lse
 
     def _attend_cached_expanded(self, q_nope, q_pe, cache, layer):
@@ -235,8 +261,10 @@ class MLA(nnx.Module):
             rows = jnp.where(jnp.arange(block)[None, :, None] < left[:, None, None], rows, 0)
             k, v = expand(rows.astype(q.dtype), self.k_b_proj[...], self.v_b_proj[...])
             scale = self.config.softmax_scale
-            part = flash_attention(q, k, v, causal=False, scale=scale, lengths=left, return_lse=True)
-            return merge_attention(*carry, *part)
+            out, lse = flash_attention(
+                q, k, v, causal=False, scale=scale, lengths=left, return_lse=True
+            )
+            return merge_attention(carry[0], carry[1], out, lse)
 
         empty = (
             jnp.zeros((*q.shape[:3], self.config.v_head_dim), q.dtype),

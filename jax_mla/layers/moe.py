@@ -24,7 +24,9 @@ class Routing:
     expert_weight: Float[Array, "*B A"]
 
 
-def route(logits: Float[Array, "M E"], bias: Float[Array, " E"] | None, config: DeepSeekConfig) -> Routing:
+def route(
+    logits: Float[Array, "M E"], bias: Float[Array, " E"] | None, config: DeepSeekConfig
+) -> Routing:
     """Chooses A experts a token from router logits; everything in float32.
 
     scores = softmax or sigmoid of the logits. `greedy` takes the A best. The other two first keep
@@ -43,7 +45,8 @@ def route(logits: Float[Array, "M E"], bias: Float[Array, " E"] | None, config: 
     elif config.topk_method == "noaux_tc":
         # Dropped experts get -inf, not 0: kept ones may be negative after the bias.
         biased = _keep_best_groups(biased, config, scores_per_group=2, dropped=-jnp.inf)
-    expert_index = jax.lax.top_k(biased, config.num_experts_per_tok)[1]
+    _, active, _ = config.moe_sizes
+    expert_index = jax.lax.top_k(biased, active)[1]
     expert_weight = jnp.take_along_axis(scores, expert_index, axis=-1)
     if config.norm_topk_prob:
         expert_weight = expert_weight / (expert_weight.sum(axis=-1, keepdims=True) + 1e-20)
@@ -67,13 +70,15 @@ class Experts(nnx.Module):
     """E feed-forward layers of one shape, applied to rows that are sorted by expert."""
 
     def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
-        E, D, F = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        D, (E, _, F) = config.hidden_size, config.moe_sizes
         options = {"stddev": config.initializer_range, "dtype": config.dtype}
         self.gate_proj = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), **options)
         self.up_proj = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), **options)
         self.down_proj = weight(rngs, (E, F, D), ("expert", "mlp", "embed"), **options)
 
-    def __call__(self, rows: Float[Array, "M D"], group_sizes: Int[Array, " E"]) -> Float[Array, "M D"]:
+    def __call__(
+        self, rows: Float[Array, "M D"], group_sizes: Int[Array, " E"]
+    ) -> Float[Array, "M D"]:
         gate = grouped_matmul(rows, self.gate_proj[...].astype(rows.dtype), group_sizes)
         up = grouped_matmul(rows, self.up_proj[...].astype(rows.dtype), group_sizes)
         down = self.down_proj[...].astype(rows.dtype)
@@ -94,9 +99,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
         self.config = config
-        D, E, F = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-        if D is None or E is None or F is None:
-            raise ValueError(f"MoE needs n_routed_experts and moe_intermediate_size, got {E} and {F}")
+        D, (E, _, F) = config.hidden_size, config.moe_sizes
         options = {"stddev": config.initializer_range, "dtype": config.dtype}
         self.gate = weight(rngs, (D, E), ("embed", "expert"), **options)
         if config.topk_method == "noaux_tc":
@@ -115,7 +118,9 @@ class MoE(nnx.Module):
         flat = route(logits.reshape(-1, logits.shape[-1]), bias, self.config)
         return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), flat)
 
-    def __call__(self, x: Float[Array, "*B D"], routing: Routing | None = None) -> Float[Array, "*B D"]:
+    def __call__(
+        self, x: Float[Array, "*B D"], routing: Routing | None = None
+    ) -> Float[Array, "*B D"]:
         """Applies the layer; `routing` replaces the router's own choice."""
         routing = self.route(x) if routing is None else routing
         y = self._routed(x, routing)

@@ -13,7 +13,9 @@ from jax_mla.layers.weight import constant
 LATENT_NORM_EPS = 1e-6
 
 
-def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+def rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*B D"]:
     """x / sqrt(mean(x ** 2) + eps) * weight, computed in float32, returned in x's dtype."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -33,7 +35,9 @@ class RMSNorm(nnx.Module):
     Source: Zhang & Sennrich, arXiv 1910.07467.
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-6, logical_axis: str = "norm", dtype: str = "float32"):
+    def __init__(
+        self, dim: int, *, eps: float = 1e-6, logical_axis: str = "norm", dtype: str = "float32"
+    ):
         self.eps = eps
         self.weight = constant(1.0, (dim,), (logical_axis,), dtype=dtype)
 

@@ -46,7 +46,10 @@ def rope_tables(
     positions: Int[Array, "B T"], dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """cos and sin of every position's angles, float32."""
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(dim, theta, scaling)[None, None]
+    angles = (
+        positions[..., None].astype(jnp.float32)
+        * inverse_frequencies(dim, theta, scaling)[None, None]
+    )
     factor = 1.0 if scaling is None else scaling.cos_sin_factor
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

@@ -1,0 +1,165 @@
+"""A published folder to a parameter dict on devices, one layer in host memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from jax_mla.checkpoint.folder import open_folder
+from jax_mla.checkpoint.matching import match
+from jax_mla.checkpoint.names import DTYPES, Leaf
+from jax_mla.checkpoint.progress import ByteProgress
+from jax_mla.checkpoint.reading import Bounds, read_leaf
+from jax_mla.config import DeepSeekConfig
+
+if TYPE_CHECKING:
+    from jax_mla.sharding import ShardingRules
+
+# A leaf up to this size is read whole, which needs no compilation; a larger one layer by layer.
+_WHOLE_BYTES = 64 * 2**20
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> tuple[dict[str, Any], DeepSeekConfig]:
+    """Reads a DeepSeek-family checkpoint in Hugging Face layout: config.json and safetensors.
+
+    FP8 blocks are multiplied out in float32 and rounded once. Rotary weights keep their published
+    layout. Layers of multi-token prediction are skipped, with a note in the log of "jax_mla".
+
+    Args:
+      folder: a local folder with `config.json` and either `model.safetensors` or
+        `model.safetensors.index.json` and its shards, of float32, float16, bfloat16 or FP8 e4m3.
+      dtype: float32, bfloat16 or float16, for every leaf but the router's correction bias, which
+        stays float32; None takes the config's.
+      mesh: where to put the leaves; each device is given its own slices, and nothing else is read.
+        None puts everything on the default device.
+      rules: which axes are split over which mesh axes; None takes `ShardingRules()`.
+
+    Returns:
+      params: nested dict of arrays, the tree of `jax_mla.init`.
+      config: the folder's, with `dtype` as loaded.
+
+    Raises:
+      FileNotFoundError: the folder, its config.json, its weights or some of its shards are missing.
+      ValueError: the config is not supported, a file is damaged, or tensors are missing,
+        unexpected, misshaped or mistyped, all of which are listed. Nothing is on a device by then.
+
+    Cost: reads the weights once. Host memory beyond the result: the largest of one leaf of one
+    layer, the embedding, and 64 MiB.
+    """
+    checkpoint = open_folder(folder)
+    config = DeepSeekConfig.from_hf(checkpoint.config)
+    config = dataclasses.replace(
+        config, dtype=_dtype_name(config.dtype if dtype is None else dtype)
+    )
+    matched = match(checkpoint, config)
+    sharding_of = _shardings(config, mesh, rules)
+    params: dict[str, Any] = {}
+    num_bytes = sum(leaf.size * _dtype_of(leaf, config).itemsize for leaf in matched.leaves)
+    with ByteProgress("Loading", num_bytes) as progress:
+        for leaf in matched.leaves:
+            leaf_dtype = _dtype_of(leaf, config)
+            read = functools.partial(read_leaf, matched, leaf, dtype=leaf_dtype)
+            node = params
+            for key in leaf.path[:-1]:
+                node = node.setdefault(key, {})
+            node[leaf.path[-1]] = _load_leaf(leaf, leaf_dtype, sharding_of(leaf), read, progress)
+    return params, config
+
+
+def _dtype_name(dtype: DTypeLike) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name} is not one of {', '.join(DTYPES)}")
+    return name
+
+
+def _dtype_of(leaf: Leaf, config: DeepSeekConfig) -> np.dtype:
+    return jnp.dtype("float32" if leaf.is_always_float32 else config.dtype)
+
+
+def _shardings(
+    config: DeepSeekConfig, mesh: Mesh | None, rules: ShardingRules | None
+) -> Callable[[Leaf], NamedSharding | None]:
+    if mesh is None:
+        if rules is not None:
+            raise ValueError(f"rules say how to split over a mesh, got mesh=None and {rules}")
+        return lambda leaf: None
+    from jax_mla.functional import param_shardings
+
+    tree: Any = param_shardings(config, mesh, rules)
+    return lambda leaf: functools.reduce(lambda node, key: node[key], leaf.path, tree)
+
+
+def _load_leaf(
+    leaf: Leaf,
+    dtype: np.dtype,
+    sharding: NamedSharding | None,
+    read: Callable[[Bounds], np.ndarray],
+    progress: ByteProgress,
+) -> jax.Array:
+    """The leaf on its devices. Waits for each transfer, so that host buffers do not queue up."""
+    num_bytes = leaf.size * dtype.itemsize
+    if leaf.layers is None or num_bytes <= _WHOLE_BYTES:
+        whole = jax.block_until_ready(_place(leaf.shape, sharding, read))
+        progress.advance(num_bytes)
+        return whole
+    layer_sharding = sharding and NamedSharding(
+        sharding.mesh, PartitionSpec(*tuple(sharding.spec)[1:])
+    )
+    stacked = jnp.zeros(leaf.shape, dtype, device=sharding)
+    for layer in range(len(leaf.layers)):
+
+        def read_layer(bounds: Bounds, layer: int = layer) -> np.ndarray:
+            return read(((layer, layer + 1), *bounds))[0]
+
+        value = _place(leaf.shape[1:], layer_sharding, read_layer)
+        stacked = jax.block_until_ready(_write_layer(sharding)(stacked, value, layer))
+        progress.advance(num_bytes // len(leaf.layers))
+    return stacked
+
+
+def _place(
+    shape: tuple[int, ...],
+    sharding: NamedSharding | None,
+    read: Callable[[Bounds], np.ndarray],
+) -> jax.Array:
+    """An array of which each device has been given what `read` returns for its part."""
+    if sharding is None:  # not committed to a device, like the arrays of `init`
+        return jax.device_put(read(tuple((0, size) for size in shape)))
+    read_once = functools.cache(read)  # devices that hold copies share one reading
+
+    def part(index: Any) -> np.ndarray:
+        ranges = (axis.indices(size) for axis, size in zip(index, shape, strict=True))
+        return read_once(tuple((start, stop) for start, stop, _ in ranges))
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+@functools.cache
+def _write_layer(
+    sharding: NamedSharding | None,
+) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """Writes one layer into a stack, in place."""
+
+    def write(stacked: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stacked, value, layer, axis=0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)

@@ -1,0 +1,125 @@
+"""A folder's tensors against what its config describes: all differences in one message. No jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import re
+from collections import defaultdict
+
+from jax_mla.checkpoint import fp8
+from jax_mla.checkpoint.folder import CheckpointFolder
+from jax_mla.checkpoint.names import Leaf, leaves_of, published
+from jax_mla.checkpoint.problems import refuse
+from jax_mla.checkpoint.safetensors_file import FP8, NUMPY_DTYPES, StoredTensor
+from jax_mla.config import DeepSeekConfig
+
+_LOG = logging.getLogger("jax_mla")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_SCALE_DTYPES = ("F32", "BF16", "F16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Matched:
+    """The leaves to fill, the stored tensors to fill them from, and the size of FP8 blocks."""
+
+    leaves: tuple[Leaf, ...]
+    tensors: dict[str, StoredTensor]
+    block: tuple[int, int]
+
+    def scale_of(self, name: str) -> StoredTensor:
+        return self.tensors[f"{name}_scale_inv"]
+
+
+def match(folder: CheckpointFolder, config: DeepSeekConfig) -> Matched:
+    """Checks names, shapes and dtypes of everything, before any weight is read.
+
+    Ignored are rotary frequencies, which are computed; a tied head that equals the embedding; and,
+    with a note in the log, layers of multi-token prediction beyond `num_hidden_layers`.
+
+    Raises:
+      ValueError: lists every missing, unexpected, misshaped and mistyped tensor.
+    """
+    block = fp8.block_of(folder.config.get("quantization_config"))
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in folder.tensors)
+    leaves = leaves_of(config, fused_experts=fused)
+    problems: dict[str, list[str]] = defaultdict(list)
+    known: set[str] = set()
+    for name, fills in published(leaves).items():
+        if (tensor := folder.tensors.get(name)) is None:
+            problems["missing"].append(name)
+            continue
+        known.add(name)
+        if tensor.dtype == FP8:
+            known.add(f"{name}_scale_inv")
+        if tensor.shape != (shape := fills[0][0].published_shape):
+            problems["wrong shape"].append(f"{name} is {[*tensor.shape]}, expected {[*shape]}")
+        elif tensor.dtype not in NUMPY_DTYPES:
+            problems["wrong dtype"].append(
+                f"{name} is {tensor.dtype}, not {' or '.join(NUMPY_DTYPES)}"
+            )
+        elif tensor.dtype == FP8:
+            problems["without its FP8 scale"] += _scale_problems(folder, name, block)
+    extra = _multi_token_prediction(folder.tensors, config)
+    ignored = {name for name in folder.tensors if name.endswith(".rotary_emb.inv_freq")}
+    ignored = ignored.union(*extra.values())
+    if config.tie_word_embeddings and _HEAD in folder.tensors:
+        ignored.add(_HEAD)
+        problems["tied, but different"] += _tie_problems(folder.tensors)
+    problems["unexpected"] = sorted(folder.tensors.keys() - known - ignored)
+    refuse(f"{folder.path} does not hold what its config.json describes", problems)
+    if extra:
+        layers = ", ".join(map(str, sorted(extra)))
+        _LOG.warning("%s: skipped the multi-token prediction of layer %s", folder.path, layers)
+    return Matched(leaves, folder.tensors, block)
+
+
+def _scale_problems(folder: CheckpointFolder, name: str, block: tuple[int, int]) -> list[str]:
+    weight, scale = folder.tensors[name], folder.tensors.get(f"{name}_scale_inv")
+    if len(weight.shape) != 2:
+        return [f"{name} is FP8 of shape {[*weight.shape]}, only matrices can be"]
+    if scale is None:
+        return [f"{name} is FP8, but {name}_scale_inv is missing"]
+    grid = fp8.grid_shape(weight.shape, block)
+    if scale.shape != grid or scale.dtype not in _SCALE_DTYPES:
+        return [
+            f"{name}_scale_inv is {scale.dtype}{[*scale.shape]}, expected F32{[*grid]} for "
+            f"{[*weight.shape]} in blocks of {[*block]}"
+        ]
+    return []
+
+
+def _multi_token_prediction(
+    tensors: dict[str, StoredTensor], config: DeepSeekConfig
+) -> dict[int, set[str]]:
+    """Tensors of the layers past the last that the config announces or that hold an eh_proj."""
+    depth, found = config.num_hidden_layers, defaultdict(set)
+    for name in tensors:
+        if (layer := _LAYER.match(name)) and int(layer[1]) >= depth:
+            found[int(layer[1])].add(name)
+    return {
+        layer: names
+        for layer, names in found.items()
+        if layer < depth + config.num_nextn_predict_layers
+        or f"model.layers.{layer}.eh_proj.weight" in names
+    }
+
+
+def _tie_problems(tensors: dict[str, StoredTensor]) -> list[str]:
+    """A head beside a tied embedding is redundant when equal, and a wrong config when not."""
+    head, embedding = tensors[_HEAD], tensors.get(_EMBEDDING)
+    if embedding is None:
+        return []  # already listed as missing
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    if same and head.dtype in NUMPY_DTYPES:
+        size = math.prod(head.shape)
+        pieces = [((start, min(start + 2**22, size)),) for start in range(0, size, 2**22)]
+        same = all(
+            head.read((size,), piece).tobytes() == embedding.read((size,), piece).tobytes()
+            for piece in pieces
+        )
+    if same:
+        return []
+    return [f"{_HEAD} differs from {_EMBEDDING}, yet tie_word_embeddings is true"]

@@ -1,0 +1,207 @@
+"""A parameter dict to a published folder, written beside its place and then renamed into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from jax_mla.checkpoint.folder import INDEX, SINGLE
+from jax_mla.checkpoint.names import DTYPES, Fills, Leaf, leaves_of, published
+from jax_mla.checkpoint.problems import refuse
+from jax_mla.checkpoint.progress import ByteProgress
+from jax_mla.config import DeepSeekConfig
+
+
+def save(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    config: DeepSeekConfig,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a checkpoint in Hugging Face layout, with the published names, that `load` reads back.
+
+    Holds `config.json` (its `dtype` that of the parameters), `generation_config.json`, and
+    `model.safetensors`, or shards and their index. The folder appears complete or not at all:
+    everything is written to a hidden folder beside it, flushed to disk, and renamed.
+
+    Args:
+      folder: must not exist, or be empty; its parents are created.
+      params: the tree of `jax_mla.init`; one floating dtype, but for the router's correction bias.
+        Arrays may be spread over the devices of this process.
+      config: what the parameters are for. Multi-token-prediction layers are not part of them.
+      max_shard_bytes: of tensor data in one file; a larger tensor has a file of its own.
+
+    Raises:
+      FileExistsError: the folder exists and is not empty.
+      ValueError: the parameters are not those of the config; all differences are listed.
+
+    Cost: writes the parameters once; host memory of one shard and one leaf of one layer.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    target = Path(folder).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder; nothing was written")
+    leaves = leaves_of(config)
+    arrays = _checked(params, leaves)
+    config = dataclasses.replace(config, dtype=arrays[leaves[0].path].dtype.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    partial.mkdir()
+    try:
+        _write_json(partial / "config.json", config.to_hf())
+        _write_json(partial / "generation_config.json", _generation_config(config))
+        _write_weights(partial, published(leaves), arrays, max_shard_bytes)
+        _flush(partial)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush(target.parent)
+
+
+def _checked(params: Mapping[str, Any], leaves: tuple[Leaf, ...]) -> dict[tuple[str, ...], Any]:
+    """The arrays of `params` by path, once they are known to be what the config describes."""
+    arrays = _flatten(params)
+    expected = {leaf.path: leaf for leaf in leaves}
+    named = {path: ".".join(path) for path in arrays.keys() | expected.keys()}
+    both = [path for path in expected if path in arrays]
+    dtypes = {
+        path: "float32" if expected[path].is_always_float32 else arrays[both[0]].dtype.name
+        for path in both
+    }
+    refuse(
+        "the parameters are not those of the config",
+        {
+            "missing": [named[path] for path in expected if path not in arrays],
+            "unexpected": [named[path] for path in arrays if path not in expected],
+            "wrong shape": [
+                f"{named[path]} is {[*arrays[path].shape]}, expected {[*expected[path].shape]}"
+                for path in both
+                if arrays[path].shape != expected[path].shape
+            ],
+            "wrong dtype": [
+                f"{named[path]} is {arrays[path].dtype.name}, expected {dtypes[path]}"
+                for path in both
+                if arrays[path].dtype.name != dtypes[path] or dtypes[path] not in DTYPES
+            ],
+            "not all on this process": [
+                named[path]
+                for path in both
+                if not getattr(arrays[path], "is_fully_addressable", True)
+            ],
+        },
+    )
+    return arrays
+
+
+def _flatten(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    return {p: a for key, value in tree.items() for p, a in _flatten(value, (*path, key)).items()}
+
+
+def _generation_config(config: DeepSeekConfig) -> dict[str, Any]:
+    eos = config.eos_token_id
+    tokens = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
+        "pad_token_id": config.pad_token_id,
+    }
+    return {"_from_model_config": True} | {k: v for k, v in tokens.items() if v is not None}
+
+
+def _write_weights(
+    folder: Path,
+    fills: dict[str, Fills],
+    arrays: dict[tuple[str, ...], Any],
+    max_shard_bytes: int,
+) -> None:
+    sizes = {name: _nbytes(parts, arrays) for name, parts in fills.items()}
+    shards = _shards(sizes, max_shard_bytes)
+    host = _HostLayer(arrays)
+    shard_of = {}
+    with ByteProgress("Saving", sum(sizes.values())) as progress:
+        for number, names in enumerate(shards, 1):
+            one = len(shards) == 1
+            file = SINGLE if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {name: _join(fills[name], host) for name in names}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", folder / file)  # save_file's are private
+            _flush(folder / file)
+            shard_of |= dict.fromkeys(names, file)
+            progress.advance(sum(sizes[name] for name in names))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shard_of}
+        _write_json(folder / INDEX, index)
+
+
+def _nbytes(parts: Fills, arrays: dict[tuple[str, ...], Any]) -> int:
+    leaf, _ = parts[0]
+    return int(np.prod(leaf.published_shape)) * arrays[leaf.path].dtype.itemsize
+
+
+def _shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Names in order, a new shard where the next tensor would not fit."""
+    shards, filled = [[]], 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and filled + nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    return shards
+
+
+class _HostLayer:
+    """Leaves on the host, one layer of one leaf at a time."""
+
+    def __init__(self, arrays: dict[tuple[str, ...], Any]) -> None:
+        self._arrays = arrays
+        self._key: tuple[Any, ...] = ()
+        self._value = np.empty(0)
+
+    def get(self, leaf: Leaf, lead: tuple[int, ...]) -> np.ndarray:
+        if self._key != (leaf.path, *lead[:1]):
+            array = self._arrays[leaf.path]
+            self._value = np.asarray(jax.device_get(array[lead[0]] if lead else array))
+            self._key = (leaf.path, *lead[:1])
+        return self._value[lead[1:]]
+
+
+def _join(parts: Fills, host: _HostLayer) -> np.ndarray:
+    """The published tensor, from the leaves that it fills."""
+    joined = None
+    for leaf, lead in parts:
+        value = host.get(leaf, lead)
+        if joined is None:
+            joined = np.empty(leaf.split, value.dtype)
+        cut = tuple(slice(start, stop) for start, stop in leaf.cut)
+        joined[cut] = value.transpose(np.argsort(leaf.order))
+    assert joined is not None
+    return joined.reshape(parts[0][0].published_shape)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Makes a file, or the entries of a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

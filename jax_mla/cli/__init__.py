@@ -1,0 +1,1 @@
+"""The command line `jax-mla`: one small file a command, imported when it is chosen."""

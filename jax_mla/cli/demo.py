@@ -1,0 +1,61 @@
+"""`jax-mla demo`: the bundled model continues a few prompts, offline."""
+
+import argparse
+import importlib.resources
+from pathlib import Path
+
+from jax_mla.cli import completion, report
+from jax_mla.tokenizer import load_tokenizer
+
+PROMPT = "Once upon a time"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", action="append", help=f"may be repeated; {PROMPT!r} without it")
+    parser.add_argument("--max-new-tokens", type=completion.positive, default=200)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generates twice: the first run compiles, the second is timed."""
+    import jax
+
+    import jax_mla
+    from jax_mla.cli.cache_size import cache_bytes_per_token
+
+    with importlib.resources.as_file(importlib.resources.files("jax_mla") / "demo/model") as path:
+        params, config = jax_mla.load(path)
+        tokenizer = load_tokenizer(Path(path), config)
+    prompts = args.prompt or [PROMPT]
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "key": args.seed,
+    }
+    first = completion.complete(params, config, tokenizer, prompts, **options)
+    timed = completion.complete(params, config, tokenizer, prompts, **options)
+    cache = cache_bytes_per_token(config)
+    results = {
+        "completions": [vars(one) for one in timed.completions],
+        "tokens_per_second": timed.num_tokens / timed.seconds,
+        "compile_seconds": max(0.0, first.seconds - timed.seconds),
+        "cache_bytes_per_token": cache,
+        "device": jax.devices()[0].device_kind,
+    }
+    if args.json:
+        report.print_json(results)
+        return 0
+    for one in timed.completions:
+        print(f"{one.prompt}{one.text}\n")
+    print(
+        f"{results['tokens_per_second']:,.0f} tokens/s on {results['device']}, "
+        f"after {results['compile_seconds']:.1f} s of compilation"
+    )
+    print(
+        f"cache: {cache['latent']:,} bytes a token; multi-head attention with the same "
+        f"{config.num_attention_heads} heads needs {cache['mha']:,}, "
+        f"{cache['ratio']:.1f} times as much"
+    )
+    return 0

@@ -1,0 +1,66 @@
+"""`jax-mla generate`: continues prompts with the model of a folder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jax_mla.checkpoint.folder import read_json
+from jax_mla.cli import completion, report
+from jax_mla.config import DeepSeekConfig
+from jax_mla.tokenizer import load_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, type=Path, metavar="DIR", help="checkpoint folder"
+    )
+    parser.add_argument("--prompt", required=True, action="append", help="may be repeated")
+    parser.add_argument("--max-new-tokens", type=completion.positive, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-k", type=completion.positive)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="the config's without it")
+    parser.add_argument("--stream", action="store_true", help="print text while it is generated")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.stream and args.json:
+        raise ValueError("--stream and --json exclude each other")
+    tokenizer = load_tokenizer(
+        args.model, DeepSeekConfig.from_hf(read_json(args.model / "config.json"))
+    )
+    import jax_mla
+
+    params, config = jax_mla.load(args.model, dtype=args.dtype)
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    result = completion.complete(
+        params,
+        config,
+        tokenizer,
+        args.prompt,
+        show=show if args.stream else None,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        key=args.seed,
+    )
+    if args.json:
+        completions = [vars(one) for one in result.completions]
+        report.print_json({"completions": completions, "seconds": result.seconds})
+        return 0
+    if args.stream:
+        print()
+    else:
+        print("\n\n".join(one.prompt + one.text for one in result.completions))
+    if sys.stderr.isatty():
+        seconds = f"{result.seconds:.1f} s, compilation included"
+        print(f"{result.num_tokens} tokens in {seconds}", file=sys.stderr)
+    return 0

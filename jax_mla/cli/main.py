@@ -1,0 +1,59 @@
+"""Chooses the command and turns the library's errors into one line and an exit code."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import jax_mla
+
+# One module of this package each, with `add_arguments(parser)` and `run(args) -> exit code`.
+COMMANDS = {
+    "demo": "generate text with the bundled model",
+    "generate": "continue a prompt with the model of a folder",
+    "inspect": "show what a checkpoint folder holds, and what its cache costs",
+    "verify": "check a checkpoint's numbers, against golden data or against themselves",
+    "doctor": "show versions, devices and which kernels run here",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `jax-mla argv`; the exit code is 0, 1 (a check failed), 2 (bad input) or 130."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(argv).parse_args(argv)
+    try:
+        code = importlib.import_module(f"jax_mla.cli.{args.command}").run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `jax-mla inspect DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
+        if args.traceback:
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jax-mla",
+        description="DeepSeek-family models in JAX. `jax-mla COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=jax_mla.__version__)
+    parser.add_argument("--traceback", action="store_true", help="on an error, show where it arose")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        if name in argv:
+            importlib.import_module(f"jax_mla.cli.{name}").add_arguments(command)
+    return parser
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

@@ -1,0 +1,75 @@
+"""`jax-mla verify`: a checkpoint's numbers against golden data, or against themselves."""
+
+import argparse
+import dataclasses
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from jax_mla.cli import report
+
+EPILOG = """
+With --golden, the folder's model in float32 is compared with what a reference wrote into an .npz
+file: hidden states and experts of every layer, logits, and a greedy continuation with a cache.
+Without it, the expanded form of attention is compared with the absorbed one and with decoding token
+by token, on random tokens. Exit code 1 when a tensor deviates; the first one is named.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--golden", type=Path, metavar="FILE.npz", help="arrays of a reference")
+    parser.add_argument(
+        "--atol",
+        type=float,
+        default=5e-5,
+        help="largest error allowed, times a tensor's root mean square where that exceeds 1 "
+        "(default 5e-5)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    import jax
+
+    import jax_mla
+    from jax_mla.cli import parity
+
+    golden = None if args.golden is None else _read_golden(args.golden)
+    params, config = jax_mla.load(args.folder, dtype="float32")
+    with jax.default_matmul_precision("highest"):
+        if golden is None:
+            rows = parity.against_itself(params, config, args.atol, args.seed)
+        else:
+            rows = parity.against_golden(params, config, golden, args.atol)
+    first = next((row.tensor for row in rows if not row.is_ok), None)
+    if args.json:
+        comparisons = [dataclasses.asdict(row) | {"is_ok": row.is_ok} for row in rows]
+        results = {"is_ok": first is None, "first_deviation": first, "comparisons": comparisons}
+        report.print_json(results)
+    else:
+        against = "itself: expanded, absorbed, cached" if golden is None else args.golden
+        report.print_table(
+            f"{args.folder} against {against}",
+            ["tensor", "error", "bound", "", ""],
+            [
+                [row.tensor, f"{row.error:.3g}", f"{row.bound:.3g}", row.measure,
+                 "ok" if row.is_ok else "DEVIATES"]
+                for row in rows
+            ],
+        )  # fmt: skip
+        print("everything agrees" if first is None else f"the first to deviate: {first}")
+    return 0 if first is None else 1
+
+
+def _read_golden(file: Path) -> dict[str, Any]:
+    """The arrays of an .npz file; objects in it, which would be pickles, are refused."""
+    import numpy as np
+
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, EOFError, TypeError, zipfile.BadZipFile):
+        raise ValueError(f"{file} is not an .npz file of plain arrays") from None

@@ -1,0 +1,32 @@
+"""Load balancing without an auxiliary loss: a rule that moves the router's bias."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jax_mla.config import DeepSeekConfig
+from jax_mla.functional import Params
+
+
+def expert_load(expert_index: Int[Array, "L B T A"], config: DeepSeekConfig) -> Int[Array, "L E"]:
+    """How many tokens of a batch each expert of each layer was given."""
+    flat = expert_index.reshape(expert_index.shape[0], -1)
+    return jax.vmap(lambda index: jnp.bincount(index, length=config.n_routed_experts))(flat)
+
+
+def update_router_bias(params: Params, load: Int[Array, "L E"], rate: float) -> Params:
+    """bias += rate * sign(mean load - load): overloaded experts become less likely, idle ones more.
+
+    Args:
+      load: from `NextTokenLoss`, of the batch just seen.
+      rate: 0.001 for DeepSeek-V3.
+
+    Source: Wang et al., arXiv 2408.15664.
+    """
+    moe = params["moe_layers"]
+    bias = moe["mlp"]["e_score_correction_bias"]
+    off = load.mean(axis=-1, keepdims=True, dtype=jnp.float32) - load
+    mlp = moe["mlp"] | {"e_score_correction_bias": bias + rate * jnp.sign(off)}
+    return params | {"moe_layers": moe | {"mlp": mlp}}

@@ -1,0 +1,77 @@
+"""Rows sorted by expert, each multiplied by the matrix of its expert."""
+
+from typing import Literal
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.checks import (
+    host_values,
+    require,
+    require_float,
+    require_integer,
+    require_rank,
+)
+from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
+
+IMPLEMENTATIONS = (dispatch.Implementation("xla", grouped_matmul_reference),)
+
+
+def grouped_matmul(
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "E K N"],
+    group_sizes: Int[Array | np.ndarray, "E"],
+    *,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: Literal["mosaic_gpu", "xla"] | None = None,
+) -> Float[Array, "M N"]:
+    """Multiplies every row by the matrix of its group.
+
+    out[m] = lhs[m] @ rhs[e], where the first group_sizes[0] rows belong to e = 0, the next
+    group_sizes[1] to e = 1, and so on.
+
+    Differentiable in lhs and rhs. Works under jit, vmap and shard_map.
+
+    Args:
+      lhs: rows sorted by group; float32, bfloat16 or float16. Rows past sum(group_sizes) belong to
+        none: they give 0, and may hold NaN.
+      rhs: one matrix a group; lhs' dtype. A group without rows gets gradient 0.
+      group_sizes: rows of every group, 0 <= group_sizes, sum(group_sizes) <= M.
+      preferred_element_type: dtype of the result; None is lhs' dtype. Sums are float32 either way.
+      implementation: None chooses the fastest that can run here; a name insists on it.
+
+    Raises:
+      ValueError: sizes or dtypes disagree; the message names both with their values.
+      NotImplementedError: the named implementation cannot run here; the message says why.
+
+    Cost: 2 * M * K * N floating-point operations, whatever E is; backward twice that.
+    """
+    _check(lhs, rhs, group_sizes)
+    return dispatch.call(
+        "grouped_matmul",
+        IMPLEMENTATIONS,
+        implementation,
+        lhs,
+        rhs,
+        group_sizes,
+        preferred_element_type=np.dtype(preferred_element_type or lhs.dtype),
+    )
+
+
+def _check(lhs, rhs, group_sizes):
+    op = "grouped_matmul"
+    require_rank(op, lhs=(lhs, 2), rhs=(rhs, 3), group_sizes=(group_sizes, 1))
+    require_float(op, lhs=lhs, rhs=rhs)
+    require_integer(op, group_sizes=group_sizes)
+    M, K = lhs.shape
+    E = rhs.shape[0]
+    require(rhs.shape[1] == K, f"{op}: matrices have {rhs.shape[1]} rows, lhs has {K} columns")
+    require(group_sizes.shape[0] == E, f"{op}: {group_sizes.shape[0]} group sizes for {E} matrices")
+    require(min(E, K, rhs.shape[2]) > 0, f"{op}: a size is 0 in rhs {rhs.shape}")
+    if (values := host_values(group_sizes)) is not None:
+        require(
+            values.min() >= 0 and values.sum() <= M,
+            f"{op}: group_sizes from {values.min()} up with sum {values.sum()} for {M} rows",
+        )

@@ -1,0 +1,143 @@
+"""Attention of the newest tokens to a paged cache of MLA latents."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.checks import (
+    host_values,
+    require,
+    require_float,
+    require_integer,
+    require_rank,
+)
+from pallas_kernels.mla_decode.plan import MLADecodePlan
+from pallas_kernels.mla_decode.reference import mla_decode_reference
+
+IMPLEMENTATIONS = (dispatch.Implementation("xla", mla_decode_reference),)
+
+
+class MLADecodeOutput(NamedTuple):
+    """Result of `mla_decode`; unpacks as `out, lse`."""
+
+    out: Float[Array, "B T N C"]
+    lse: Float32[Array, "B T N"]
+
+
+def mla_decode(
+    q: Float[Array, "B T N X"],
+    kv_pages: Float[Array, "num_pages page_size X"],
+    page_table: Int[Array | np.ndarray, "B max_pages"],
+    lengths: Int[Array | np.ndarray, "B"],
+    *,
+    latent_dim: int,
+    scale: float,
+    causal: bool = True,
+    plan: MLADecodePlan | None = None,
+    implementation: Literal["mosaic_gpu", "xla"] | None = None,
+) -> MLADecodeOutput:
+    """Attends the last T query tokens of every sequence to its cached latents.
+
+    out[b, t, n] = softmax(scale * q[b, t, n] @ kv[b].T) @ kv[b, :, :latent_dim], where kv[b] is the
+    first lengths[b] tokens of the pages named in page_table[b]; causal: query t sees
+    lengths[b] - (T - 1 - t) of them.
+
+    Args:
+      q: absorbed query and its rotary part, concatenated; float32, bfloat16 or float16.
+      kv_pages: one row a token: latent, then rotary key; q's dtype. Rows beyond a sequence's
+        length may hold NaN: they do not change the result.
+      page_table: page of each run of page_size tokens; what stands beyond the last used page is
+        ignored.
+      lengths: tokens in cache, the T new ones included; 0 <= lengths <= max_pages * page_size.
+        A query that sees nothing (length 0, or causal and t too early) gives out = 0, lse = -inf.
+      latent_dim: C, the leading part of a row that is also the value.
+      scale: multiplies the scores. DeepSeek: (P + R) ** -0.5 times YaRN's mscale squared.
+      causal: the T queries are the last T tokens, each blind to those behind it; else all see
+        all lengths[b] tokens.
+      plan: the split of the work over the GPU, from mla_decode_plan; None computes it here. One
+        plan serves all layers of a step. "xla" does not use it.
+      implementation: None chooses the fastest that can run here; a name insists on it.
+
+    Returns:
+      out in q's dtype, and lse, the natural log of the sum of exponentials.
+
+    Raises:
+      ValueError: sizes or dtypes disagree, or a length or a used table entry is out of range where
+        the host can see it (outside of jit); the message names both with their values.
+      NotImplementedError: the named implementation cannot run here; the message says why.
+
+    Decode needs no gradient, so none is defined: use flash_attention where you differentiate.
+
+    Cost: reads sum(lengths) * X * 2 bytes in bfloat16; 2 * T * N * sum(lengths) * (X + C)
+    floating-point operations.
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; schedule after FlashMLA.
+    """
+    _check(q, kv_pages, page_table, lengths, latent_dim, plan)
+    out, lse = dispatch.call(
+        "mla_decode",
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        kv_pages,
+        page_table,
+        lengths,
+        latent_dim=latent_dim,
+        scale=float(scale),
+        causal=causal,
+        plan=plan,
+    )
+    return MLADecodeOutput(out, lse)
+
+
+def _check(q, kv_pages, page_table, lengths, latent_dim, plan):
+    op = "mla_decode"
+    require_rank(
+        op, q=(q, 4), kv_pages=(kv_pages, 3), page_table=(page_table, 2), lengths=(lengths, 1)
+    )
+    require_float(op, q=q, kv_pages=kv_pages)
+    require_integer(op, page_table=page_table, lengths=lengths)
+    B, X = q.shape[0], q.shape[3]
+    require(
+        min(*q.shape, *kv_pages.shape, *page_table.shape) > 0,
+        f"{op}: a size is 0 in q {q.shape}, kv_pages {kv_pages.shape},"
+        f" page_table {page_table.shape}",
+    )
+    require(kv_pages.shape[2] == X, f"{op}: kv_pages has rows of {kv_pages.shape[2]}, q of {X}")
+    require(page_table.shape[0] == B, f"{op}: page_table has batch {page_table.shape[0]}, q {B}")
+    require(lengths.shape[0] == B, f"{op}: lengths has batch {lengths.shape[0]}, q {B}")
+    require(0 < latent_dim <= X, f"{op}: latent_dim {latent_dim} is not within 1 and the row's {X}")
+    if plan is not None:
+        _check_plan(plan, q, kv_pages)
+    _check_values(kv_pages, page_table, lengths)
+
+
+def _check_plan(plan, q, kv_pages):
+    for name, found, wanted in (
+        ("batch", plan.num_splits.shape[0] - 1, q.shape[0]),
+        ("page_size", plan.page_size, kv_pages.shape[1]),
+        ("num_rows", plan.num_rows, q.shape[1] * q.shape[2]),
+    ):
+        require(found == wanted, f"mla_decode: plan has {name} {found}, the arguments {wanted}")
+
+
+def _check_values(kv_pages, page_table, lengths):
+    """Refuses impossible lengths and used table entries, where the host can read them."""
+    num_pages, page_size, _ = kv_pages.shape
+    max_pages = page_table.shape[1]
+    if (lengths := host_values(lengths)) is None:
+        return
+    require(
+        lengths.min() >= 0 and lengths.max() <= max_pages * page_size,
+        f"mla_decode: lengths span {lengths.min()} to {lengths.max()}, allowed are 0 to"
+        f" {max_pages} pages of {page_size}",
+    )
+    if (page_table := host_values(page_table)) is None:
+        return
+    used = page_table[np.arange(max_pages)[None, :] * page_size < lengths[:, None]]
+    require(
+        used.size == 0 or (used.min() >= 0 and used.max() < num_pages),
+        f"mla_decode: page_table uses pages {used.min(initial=0)} to {used.max(initial=0)},"
+        f" kv_pages has 0 to {num_pages - 1}",
+    )

@@ -1,0 +1,129 @@
+"""The split of one decode step over a GPU: which part of it reads which pages."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Int32
+
+from pallas_kernels import hardware
+from pallas_kernels.checks import host_values, require, require_integer, require_rank
+
+ROW_TILE = 64  # rows of a Hopper matmul instruction: T * N rows are packed into tiles of it
+REQUEST_OVERHEAD_TOKENS = 320  # starting and finishing a request costs as much as reading these
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "begin_request",
+        "begin_page",
+        "end_request",
+        "end_page",
+        "begin_split",
+        "num_splits",
+    ],
+    meta_fields=["page_size", "num_rows"],
+)
+@dataclasses.dataclass(frozen=True)
+class MLADecodePlan:
+    """Part i reads pages begin_page[i].. of begin_request[i] to ..end_page[i] of end_request[i].
+
+    Requests between the two are read whole. end_request is inclusive, end_page exclusive. A part
+    with begin_request > end_request is idle. A request of length 0 counts as one page, so that some
+    part writes its result.
+    """
+
+    begin_request: Int32[Array, "num_parts"]
+    begin_page: Int32[Array, "num_parts"]
+    end_request: Int32[Array, "num_parts"]
+    end_page: Int32[Array, "num_parts"]
+    begin_split: Int32[Array, "num_parts"]  # which split of begin_request this part computes
+    num_splits: Int32[Array, "B+1"]  # running sum: b has num_splits[b + 1] - num_splits[b] splits
+    page_size: int
+    num_rows: int
+
+    @property
+    def max_splits(self) -> int:
+        """Static bound of num_splits[-1]: the partial results that a step can leave behind."""
+        return self.num_splits.shape[0] - 1 + self.begin_request.shape[0]
+
+
+def mla_decode_plan(
+    lengths: Int[Array | np.ndarray, "B"],
+    *,
+    num_rows: int,
+    page_size: int = 64,
+    num_sms: int | None = None,
+) -> MLADecodePlan:
+    """Splits the pages of a batch evenly over the multiprocessors of a GPU.
+
+    Every request costs its pages (one at least) and a fixed overhead. The costs, laid end to end,
+    are cut at multiples of ceil(total / num_parts), where num_parts = max(num_sms //
+    ceil(num_rows / 64), 1). Starting inside a request costs the overhead once more, so no part
+    costs more than that multiple and one overhead.
+
+    Depends on lengths alone: compute it once a step, outside of the loop over layers. Jits.
+
+    Args:
+      lengths: tokens in cache of every request.
+      num_rows: T * N, query rows that read the same cache.
+      page_size: tokens a page.
+      num_sms: multiprocessors; None asks the default device, and assumes an H200's 132 elsewhere.
+
+    Raises:
+      ValueError: a size is not positive, or a length is negative.
+
+    Cost: O((B + num_parts) log B) on the device.
+    Source: tile scheduler of FlashMLA, whose serial walk is a prefix sum and a search here.
+    """
+    op = "mla_decode_plan"
+    require_rank(op, lengths=(lengths, 1))
+    require_integer(op, lengths=lengths)
+    num_sms = hardware.num_sms() if num_sms is None else num_sms
+    for name, size in (
+        ("batch", lengths.shape[0]),
+        ("num_rows", num_rows),
+        ("page_size", page_size),
+        ("num_sms", num_sms),
+    ):
+        require(size > 0, f"{op}: {name} must be positive, found {size}")
+    if (values := host_values(lengths)) is not None:
+        require(values.min() >= 0, f"{op}: lengths must not be negative, found {values.min()}")
+    num_parts = max(num_sms // -(-num_rows // ROW_TILE), 1)
+    return _plan(jnp.asarray(lengths), num_parts, page_size, num_rows)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _plan(lengths, num_parts, page_size, num_rows):
+    overhead = -(-REQUEST_OVERHEAD_TOKENS // page_size)
+    pages = jnp.maximum(-(-lengths.astype(jnp.int32) // page_size), 1)
+    end = jnp.cumsum(pages + overhead)
+    begin = end - pages - overhead
+    share = -(-end[-1] // num_parts)
+    # Page j of request b lies at begin[b] + overhead + j on the line of costs, in part .. // share.
+    first_part = (begin + overhead) // share
+    last_part = (end - 1) // share
+    num_splits = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(last_part - first_part + 1)])
+
+    cuts = share * jnp.arange(num_parts + 1)
+    request = jnp.searchsorted(end, cuts, side="right").astype(jnp.int32)  # B behind the last one
+    inside = jnp.minimum(request, len(pages) - 1)
+    page = jnp.where(request < len(pages), jnp.maximum(cuts - begin[inside] - overhead, 0), 0)
+    part = jnp.arange(num_parts)
+    # A cut in front of page 0 leaves its request to the next part: this one ends a request earlier.
+    ends_inside = page[1:] > 0
+    end_request = jnp.where(ends_inside, request[1:], request[1:] - 1)
+    last_page = pages[jnp.maximum(end_request, 0)]
+    return MLADecodePlan(
+        begin_request=request[:-1],
+        begin_page=page[:-1],
+        end_request=end_request,
+        end_page=jnp.where(ends_inside, page[1:], last_page),
+        begin_split=jnp.where(page[:-1] > 0, part - first_part[inside[:-1]], 0),
+        num_splits=num_splits,
+        page_size=page_size,
+        num_rows=num_rows,
+    )

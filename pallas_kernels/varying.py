@@ -1,0 +1,27 @@
+"""Mesh axes over which a value varies inside `jax.shard_map`; no effect outside of it."""
+
+from typing import Any
+
+import jax
+
+
+def align(*arrays) -> tuple[Any, ...]:
+    """Casts every array to vary over all mesh axes over which any of them does.
+
+    Operators of JAX do this by themselves; a custom_vjp and the carry of a loop do not. The
+    transpose of the cast sums over the added axes, as the gradient of a replicated input must.
+    None stays None.
+    """
+    axes: frozenset[str] = frozenset().union(*(_axes(x) for x in arrays if x is not None))
+    return tuple(
+        x if x is None or not (missing := axes - _axes(x)) else _cast(x, tuple(sorted(missing)))
+        for x in arrays
+    )
+
+
+def _axes(x) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _cast(x, axes: tuple[str, ...]):
+    return jax.lax.pcast(x, axes, to="varying")

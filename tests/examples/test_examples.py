@@ -1,0 +1,47 @@
+"""Every example runs as written, on a CPU, with the network cut off."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+# Python imports a module of this name at startup.
+NO_NETWORK = """
+import socket
+
+def refuse(self, address):
+    raise OSError(f"this test allows no network, and something connects to {address}")
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+"""
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs_offline(example, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = kept | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, example],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip(), "an example prints something true"
+    assert "Warning" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_is_short(example):
+    lines = example.read_text(encoding="utf-8").splitlines()
+    assert sum(bool(line.strip()) for line in lines) < 60
+    assert lines[0].startswith('"""'), "the first line says what the example shows"

@@ -1,0 +1,136 @@
+"""The command line as a whole: start-up, errors and exit codes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import jax_mla
+from jax_mla.cli import main as command_line
+from jax_mla.cli import report
+from jax_mla.cli.main import COMMANDS, main
+
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
+RUN = [sys.executable, "-m", "jax_mla"]
+
+
+def test_help_takes_less_than_300_ms():
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([*RUN, "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert sorted(seconds)[1] < 0.3  # not the fastest; the machine may be busy
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)], ids=" ".join
+)
+def test_help_does_not_import_jax(argv):
+    code = (
+        "import sys\nfrom jax_mla.cli.main import main\n"
+        f"try: main({argv!r})\nexcept SystemExit as end: assert not end.code\n"
+        "assert not {'jax', 'flax', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == jax_mla.__version__
+
+
+def test_every_command_is_in_the_help():
+    out = subprocess.run([*RUN, "--help"], check=True, capture_output=True, text=True).stdout
+    assert all(f"\n    {command} " in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["inspect", "no/such/folder"],
+        ["verify", "no/such/folder"],
+        ["generate", "--model", "no/such/folder", "--prompt", "x"],
+        ["generate", "--model", "x", "--prompt", "x", "--stream", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, capsys):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_traceback_on_request():
+    with pytest.raises(FileNotFoundError, match="no/such/folder"):
+        main(["--traceback", "inspect", "no/such/folder"])
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "many", "1.5"])
+def test_counts_must_be_positive(count, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", f"--max-new-tokens={count}"])
+    assert f"must be an integer of at least 1, got '{count}'" in capsys.readouterr().err
+
+
+def test_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["dmeo"])
+    assert "dmeo" in capsys.readouterr().err
+
+
+class _Interrupted:
+    def add_arguments(self, parser):
+        pass
+
+    def run(self, args):
+        raise KeyboardInterrupt
+
+
+def test_interrupt_is_quiet(monkeypatch, capsys):
+    monkeypatch.setattr(command_line.importlib, "import_module", lambda name: _Interrupted())
+    assert main(["demo"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_closed_pipe_is_quiet():
+    command = [*RUN, "inspect", str(GOLDEN / "v3")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_table_is_plain_in_a_pipe_and_boxed_on_a_terminal(monkeypatch, capsys):
+    table = ("title", ["name", "size"], [["a", 1], ["bc", 22]])
+    report.print_table(*table)
+    assert capsys.readouterr().out == "title\n  name  size\n  a        1\n  bc      22\n\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    report.print_table(*table)
+    assert "│ bc   │   22 │" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999_999, "999,999"),
+        (2_410_000, "2.41 million"),
+        (671_026_404_352, "671.03 billion"),
+    ],
+)
+def test_count(number, text):
+    assert report.count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (70_272, "70.3 kB"), (1.34e12, "1.34 TB"), (2e15, "2000.00 TB")],
+)
+def test_size(num_bytes, text):
+    assert report.size(num_bytes) == text

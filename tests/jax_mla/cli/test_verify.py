@@ -1,0 +1,137 @@
+"""`jax-mla verify`: agrees with the golden data, and names the first tensor that does not."""
+
+import json
+import pickle
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_mla
+from jax_mla.cli import parity
+from jax_mla.cli.main import main
+
+FOLDER = Path(__file__).resolve().parents[2] / "golden/v3"
+ATOL = 5e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _precision_of_the_command():
+    """So that nothing is compiled twice, by the command and by direct calls."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return jax_mla.load(FOLDER, dtype="float32")
+
+
+@pytest.fixture
+def golden():
+    return dict(np.load(FOLDER / "golden.npz"))
+
+
+def deviating(rows) -> list[str]:
+    return [row.tensor for row in rows if not row.is_ok]
+
+
+def test_agrees_with_golden_data(capsys):
+    assert main(["verify", str(FOLDER), "--golden", str(FOLDER / "golden.npz"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["is_ok"] and found["first_deviation"] is None
+    tensors = [row["tensor"] for row in found["comparisons"]]
+    layers = ["layer 0 output"]
+    for layer in (1, 2):
+        layers += [
+            f"layer {layer} experts",
+            f"layer {layer} expert weights",
+            f"layer {layer} output",
+        ]
+    layers[-1] += ", normed"
+    assert tensors == ["embedding", *layers, "logits", "cached decode logits", "greedy tokens"]
+
+
+def test_agrees_with_itself(capsys):
+    assert main(["verify", str(FOLDER)]) == 0
+    out = capsys.readouterr().out
+    assert "absorbed layer 2 experts" in out and "cached decode logits" in out
+    assert out.endswith("everything agrees\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "at", "named"),
+    [
+        ("hidden_states", (0, 1, 3, 5), "embedding"),
+        ("hidden_states", (2, 0, 23, 63), "layer 1 output"),
+        ("hidden_states", (3, 0, 0, 0), "layer 2 output, normed"),
+        ("router_idx_2", (47, 0), "layer 2 experts"),
+        ("router_w_1", (5, 3), "layer 1 expert weights"),
+        ("logits", (1, 23, 127), "logits"),
+        ("step_logits", (0, 11, 0), "cached decode logits"),
+        ("gen_ids", (1, 35), "greedy tokens"),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_one_wrong_number_is_found_and_named(key, at, named, model, golden):
+    golden[key][at] += 1 if golden[key].dtype.kind == "i" else 1e-3
+    assert deviating(parity.against_golden(*model, golden, ATOL)) == [named]
+
+
+def test_wrong_weights_name_the_first_layer_they_reach(model, golden):
+    params, config = model
+    attention = params["moe_layers"]["self_attn"]
+    o_proj = attention["o_proj"].at[1].multiply(1.01)  # of layer 2
+    wrong = params | {
+        "moe_layers": params["moe_layers"] | {"self_attn": attention | {"o_proj": o_proj}}
+    }
+    assert deviating(parity.against_golden(wrong, config, golden, ATOL))[0].startswith("layer 2")
+
+
+def test_nan_is_a_deviation(model, golden):
+    golden["logits"][0, 0, 0] = np.nan
+    assert deviating(parity.against_golden(*model, golden, ATOL)) == ["logits"]
+
+
+def test_order_of_the_experts_does_not_matter(model, golden):
+    config = model[1]
+    trace = jax_mla.forward_trace(model[0], config, jnp.asarray(golden["input_ids"], jnp.int32))
+    index, weight = parity._sorted_routing(trace, config, 1)
+    np.testing.assert_array_equal(index, golden["router_idx_1"])
+    np.testing.assert_allclose(weight, golden["router_w_1"], atol=ATOL)
+
+
+def test_exit_code_and_first_deviation(tmp_path, golden, capsys):
+    golden["hidden_states"][2] += 1e-3
+    np.savez(tmp_path / "wrong.npz", **golden)
+    assert main(["verify", str(FOLDER), "--golden", str(tmp_path / "wrong.npz")]) == 1
+    out = capsys.readouterr().out
+    assert "DEVIATES" in out and out.endswith("the first to deviate: layer 1 output\n")
+    assert main(["verify", str(FOLDER), "--golden", str(tmp_path / "wrong.npz"), "--atol=1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"logits": np.zeros(3)}, "needs input_ids"),
+        ({"input_ids": np.zeros((1, 4), np.int64)}, "nothing to compare with"),
+        (
+            {"input_ids": np.zeros((1, 4), np.int64), "logits": np.zeros((1, 4, 3))},
+            r"logits has shape \(1, 4, 128\), the golden data \(1, 4, 3\)",
+        ),
+    ],
+    ids=["no-input", "no-output", "wrong-shape"],
+)
+def test_unusable_golden_data(content, message, model):
+    with pytest.raises(ValueError, match=message):
+        parity.against_golden(*model, content, ATOL)
+
+
+@pytest.mark.parametrize("content", [b"not a zip", pickle.dumps([1])], ids=["text", "pickle"])
+def test_golden_file_of_another_kind_is_refused(content, tmp_path, capsys):
+    file = tmp_path / "golden.npz"
+    file.write_bytes(content)
+    assert main(["verify", str(FOLDER), "--golden", str(file)]) == 2
+    assert capsys.readouterr().err == f"error: {file} is not an .npz file of plain arrays\n"

@@ -1,0 +1,61 @@
+"""Grouped-query attention: MHA, GQA and MQA against a loop in numpy, and with a cache."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numerics import assert_close, normal
+
+import jax_mla
+
+D, N, K = 48, 6, 8
+
+
+def layer(kv_heads):
+    return jax_mla.GroupedQueryAttention(D, N, kv_heads, K, rngs=nnx.Rngs(0), stddev=0.3)
+
+
+def turn(x):
+    frequency = 10000.0 ** (-np.arange(0, K, 2) / K)
+    z = (x[..., : K // 2] + 1j * x[..., K // 2 :]) * np.exp(
+        1j * np.arange(len(x))[:, None] * frequency
+    )
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def written_out(gqa, x, kv_heads):
+    x = np.asarray(x, np.float64)
+    wq, wk, wv, wo = (
+        np.asarray(w[...], np.float64) for w in (gqa.q_proj, gqa.k_proj, gqa.v_proj, gqa.o_proj)
+    )
+    out = np.zeros_like(x)
+    for b in range(len(x)):
+        for n in range(N):
+            g = n // (N // kv_heads)
+            q, k, v = turn(x[b] @ wq[:, n]), turn(x[b] @ wk[:, g]), x[b] @ wv[:, g]
+            for t in range(x.shape[1]):
+                scores = k[: t + 1] @ q[t] * K**-0.5
+                p = np.exp(scores - scores.max())
+                out[b, t] += (p / p.sum()) @ v[: t + 1] @ wo[n]
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_whole_sequence_and_cached_steps(kv_heads, rng):
+    gqa = layer(kv_heads)
+    x = normal(rng, (2, 11, D))
+    want = written_out(gqa, x, kv_heads)
+    assert_close(gqa(x), want, "float32")
+    cache = jax_mla.KeyValueCache.empty(2, 16, kv_heads, K)
+    first, cache = gqa.extend(x[:, :7], cache)
+    parts = [first]
+    for t in range(7, 11):
+        y, cache = gqa.extend(x[:, t : t + 1], cache)
+        parts.append(y)
+    assert_close(jnp.concatenate(parts, axis=1), want, "float32")
+    assert cache.lengths.tolist() == [11, 11]
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="num_kv_heads=4 does not divide num_heads=6"):
+        layer(4)

@@ -1,0 +1,143 @@
+"""Latent attention: the two forms agree, and both agree with the equations written out in numpy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numerics import assert_close, normal
+
+import jax_mla
+from jax_mla.layers.mla import choose_form
+
+CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.2)
+VARIANTS = {
+    "q_lora": CONFIG,
+    "no_q_lora": dataclasses.replace(CONFIG, q_lora_rank=None),
+    "half_rope": dataclasses.replace(CONFIG, rope_interleave=False),
+    "bias": dataclasses.replace(CONFIG, attention_bias=True),
+    "no_yarn_wide_value": dataclasses.replace(CONFIG, rope_scaling=None, v_head_dim=48),
+}
+
+
+def layer(config, seed=0):
+    """An MLA layer whose norms and biases are not the 1 and 0 of a new one."""
+    mla = jax_mla.MLA(config, rngs=nnx.Rngs(seed))
+    graphdef, state = nnx.split(mla)
+    rng = np.random.default_rng(seed)
+    nudge = lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree.map(nudge, state))
+
+
+def written_out(mla, x):
+    """The layer in float64, one head and one query at a time."""
+    config = mla.config
+    w = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(mla)))
+    x = np.asarray(x, np.float64)
+    P, C = config.qk_nope_head_dim, config.kv_lora_rank
+    out = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        q_c = x[b]
+        q_w = w.get("q_proj")
+        if config.q_lora_rank is not None:
+            q_c = norm(x[b] @ w["q_a_proj"] + w.get("q_a_proj_bias", 0), w["q_a_layernorm"])
+            q_w = w["q_b_proj"]
+        row = x[b] @ w["kv_a_proj_with_mqa"] + w.get("kv_a_proj_with_mqa_bias", 0)
+        latent, k_pe = norm(row[:, :C], w["kv_a_layernorm"]), turn(row[:, C:], config)
+        for n in range(config.num_attention_heads):
+            q = q_c @ q_w[:, n]
+            q_pe = turn(q[:, P:], config)
+            keys, values = latent @ w["k_b_proj"][n].T, latent @ w["v_b_proj"][n].T
+            for t in range(x.shape[1]):
+                scores = (keys[: t + 1] @ q[t, :P] + k_pe[: t + 1] @ q_pe[t]) * scale(config)
+                p = np.exp(scores - scores.max())
+                out[b, t] += (p / p.sum()) @ values[: t + 1] @ w["o_proj"][n]
+    return out + w.get("o_proj_bias", 0)
+
+
+def norm(x, weights):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weights["weight"]
+
+
+def scale(config):
+    yarn = config.rope_scaling
+    m = 1.0 if yarn is None else 0.1 * yarn.mscale_all_dim * np.log(yarn.factor) + 1
+    return (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5 * m**2
+
+
+def turn(x, config):
+    """Each pair as a complex number, times exp(i * position * frequency)."""
+    R, yarn = config.qk_rope_head_dim, config.rope_scaling
+    frequency = config.rope_theta ** (-np.arange(0, R, 2) / R)
+    if yarn is not None:
+        rotations = yarn.original_max_position_embeddings / (2 * np.pi)
+        index = lambda beta: R * np.log(rotations / beta) / (2 * np.log(config.rope_theta))  # noqa: E731
+        low, high = max(np.floor(index(32)), 0), min(np.ceil(index(1)), R - 1)
+        ramp = np.clip((np.arange(R // 2) - low) / (high - low), 0, 1)
+        frequency = frequency * (1 - ramp) + frequency / yarn.factor * ramp
+    pairs = x.reshape(len(x), R // 2, 2) if config.rope_interleave else x.reshape(len(x), 2, -1)
+    z = (
+        pairs[..., 0] + 1j * pairs[..., 1]
+        if config.rope_interleave
+        else pairs[:, 0] + 1j * pairs[:, 1]
+    )
+    z = z * np.exp(1j * np.arange(len(x))[:, None] * frequency)
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_the_equations(variant, form, rng):
+    mla = layer(VARIANTS[variant])
+    x = normal(rng, (2, 37, CONFIG.hidden_size))
+    got = jax.jit(lambda x: mla(x, form=form))(x)
+    assert_close(got, written_out(mla, x), "float32")
+
+
+def test_gradients_of_both_forms_agree(rng):
+    graphdef, state = nnx.split(layer(VARIANTS["bias"]))
+    x = normal(rng, (2, 21, CONFIG.hidden_size))
+    dy = normal(rng, x.shape)
+
+    def loss(state, x, form):
+        return jnp.sum(nnx.merge(graphdef, state)(x, form=form) * dy)
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    expanded, absorbed = grad(state, x, "expanded"), grad(state, x, "absorbed")
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32"), expanded, absorbed)
+
+
+def test_bfloat16_stays_near_float32(rng):
+    """Judged by the error's size over all outputs, on the same rounded weights and inputs."""
+    config = dataclasses.replace(VARIANTS["q_lora"], dtype="bfloat16")
+    narrow = layer(config)
+    graphdef, state = nnx.split(narrow)
+    wide = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype("float32"), state))
+    x = normal(rng, (2, 33, CONFIG.hidden_size), "bfloat16")
+    for form in ("expanded", "absorbed"):
+        got = np.asarray(narrow(x, form=form), np.float32)
+        want = np.asarray(wide(x.astype("float32"), form=form))
+        # Six roundings of 2**-9 in a row: projection, norm, rope, keys, attention, output.
+        assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) < 1.5e-2
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_cached", "form"),
+    [(1, 1, "absorbed"), (1, 4096, "absorbed"), (4, 65536, "absorbed"), (64, 8192, "absorbed"),
+     (512, 0, "expanded"), (4096, 0, "expanded"), (512, 65536, "expanded")],
+)  # fmt: skip
+def test_decoding_absorbs_and_prefill_expands(num_queries, num_cached, form):
+    for config in (jax_mla.v3(), jax_mla.v2_lite()):
+        assert choose_form(config, num_queries, num_cached) == form
+
+
+def test_segments_do_not_see_each_other(rng):
+    mla = layer(CONFIG)
+    x = normal(rng, (1, 24, CONFIG.hidden_size))
+    ids = jnp.asarray([[0] * 10 + [1] * 14], jnp.int32)
+    for form in ("expanded", "absorbed"):
+        packed = mla(x, segment_ids=ids, form=form)
+        assert_close(packed[:, :10], mla(x[:, :10], form=form), "float32")
+        assert_close(packed[:, 10:], mla(x[:, 10:], form=form), "float32")

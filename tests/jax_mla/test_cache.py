@@ -1,0 +1,91 @@
+"""Caches: where rows go, and what is never overwritten."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jax_mla
+from jax_mla.cache import advance, append, capacity, layer_pages
+
+CONFIG = dataclasses.replace(
+    jax_mla.tiny(), kv_lora_rank=2, qk_rope_head_dim=2, num_hidden_layers=3
+)
+X = CONFIG.cache_row_dim
+
+
+@st.composite
+def appends(draw):
+    """A cache with a shuffled table, some of whose entries name no page, and what to append."""
+    batch, max_pages = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    page_size = draw(st.sampled_from([1, 2, 4]))
+    num_pages = batch * max_pages + draw(st.integers(0, 2))
+    table = np.asarray(draw(st.permutations(range(num_pages))))[: batch * max_pages]
+    table = table.reshape(batch, max_pages)
+    for slot in draw(st.lists(st.tuples(st.integers(0, batch - 1), st.integers(0, max_pages - 1)))):
+        table[slot] = draw(st.sampled_from([-1, num_pages, 2147480000]))
+    tokens = draw(st.integers(1, 5))
+    full = max_pages * page_size
+    lengths = draw(st.lists(st.integers(0, full), min_size=batch, max_size=batch))
+    num_new = draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+    return table, num_pages, page_size, np.asarray(lengths), tokens, np.asarray(num_new)
+
+
+@given(appends())
+def test_append_writes_its_rows_and_nothing_else(case):
+    table, num_pages, page_size, lengths, tokens, num_new = case
+    layer = 1
+    cache = jax_mla.PagedLatentCache.empty(CONFIG, num_pages, page_size, page_table=table)
+    cache = dataclasses.replace(cache, lengths=jnp.asarray(lengths, jnp.int32))
+    rows = 1 + np.arange(len(table) * tokens * X, dtype=np.float32).reshape(len(table), tokens, X)
+    want = np.zeros(cache.pages.shape, np.float32)
+    for b in range(len(table)):
+        for t in range(num_new[b]):
+            page, offset = divmod(lengths[b] + t, page_size)
+            if page < table.shape[1] and 0 <= table[b, page] < num_pages:
+                want[layer, table[b, page], offset] = rows[b, t]
+    got = append(cache, layer, jnp.asarray(rows), jnp.asarray(num_new))
+    np.testing.assert_array_equal(got.pages, want)
+    np.testing.assert_array_equal(got.lengths, lengths)
+    np.testing.assert_array_equal(advance(got, jnp.asarray(num_new)).lengths, lengths + num_new)
+
+
+def test_layer_pages_names_the_pages_of_one_layer():
+    cache = jax_mla.LatentCache.empty(CONFIG, 2, 8, page_size=4)
+    rows = jnp.arange(2 * 8 * X, dtype=jnp.float32).reshape(2, 8, X)
+    cache = append(cache, 2, rows, jnp.asarray([8, 8]))
+    pool, table = layer_pages(cache, 2)
+    np.testing.assert_array_equal(pool[table].reshape(2, 8, X), rows)
+    pool, table = layer_pages(cache, 0)
+    assert not pool[table].any()
+
+
+def test_sizes():
+    dense = jax_mla.LatentCache.empty(jax_mla.v2_lite(), 2, 100)
+    assert dense.pages.shape == (27, 4, 64, 576) and dense.pages.dtype == jnp.bfloat16
+    assert capacity(dense) == 128
+    paged = jax_mla.PagedLatentCache.empty(CONFIG, 7, batch=3, dtype="float16")
+    assert (
+        paged.page_table.tolist() == [[0, 1], [2, 3], [4, 5]] and paged.pages.dtype == jnp.float16
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jax_mla.LatentCache.empty(CONFIG, 0, 8), "batch must be at least 1, got 0"),
+        (lambda: jax_mla.LatentCache.empty(CONFIG, 2, -1), "max_tokens must be at least 1, got -1"),
+        (lambda: jax_mla.PagedLatentCache.empty(CONFIG, 2, batch=3), "num_pages=2 .* batch=3"),
+        (
+            lambda: jax_mla.PagedLatentCache.empty(CONFIG, 2, page_table=np.zeros(3)),
+            r"2 axes .* got shape \(3,\)",
+        ),
+    ],
+    ids=["batch", "max_tokens", "num_pages", "page_table"],
+)
+def test_bad_sizes_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

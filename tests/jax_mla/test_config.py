@@ -1,0 +1,165 @@
+"""Configs: published files in both spellings, presets with published numbers, clear refusals."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import jax_mla
+from jax_mla import DeepSeekConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+PRESETS = ["tiny", "v2_lite", "v2", "v3", "kimi_k2"]
+YARN = {
+    "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_configs_survive_a_round_trip(name):
+    config = DeepSeekConfig.from_hf(json.loads((GOLDEN / name / "config.json").read_text()))
+    assert DeepSeekConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    hash(config)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_a_round_trip(preset):
+    config = getattr(jax_mla, preset)()
+    assert DeepSeekConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions", "row"),
+    [("v2_lite", 15.71, 576), ("v2", 235.74, 576), ("v3", 671.03, 576), ("kimi_k2", 1026.41, 576)],
+)
+def test_presets_have_the_published_number_of_parameters(preset, billions, row):
+    c = getattr(jax_mla, preset)()
+    D, N, C, Q = c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.q_lora_rank
+    query = D * N * c.qk_head_dim if Q is None else D * Q + Q + Q * N * c.qk_head_dim
+    attention = query + D * c.cache_row_dim + C
+    attention += C * N * (c.qk_nope_head_dim + c.v_head_dim) + N * c.v_head_dim * D
+    expert = 3 * D * c.moe_intermediate_size
+    router = D * c.n_routed_experts + (c.n_routed_experts if c.topk_method == "noaux_tc" else 0)
+    moe = (c.n_routed_experts + c.n_shared_experts) * expert + router
+    total = 2 * c.vocab_size * D + D + c.num_hidden_layers * (attention + 2 * D)
+    total += c.num_dense_layers * 3 * D * c.intermediate_size + c.num_moe_layers * moe
+    assert total / 1e9 == pytest.approx(billions, abs=0.01)
+    assert c.cache_row_dim == row
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"n_shared_experts": None}, {"bos_token_id": None, "eos_token_id": ()}, {"q_lora_rank": None}],
+    ids=str,
+)
+def test_nulls_survive_a_round_trip(fields):
+    """A null must not come back as the family's default."""
+    config = dataclasses.replace(jax_mla.v3(), **fields)
+    assert DeepSeekConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_no_groups_are_written_as_one_group():
+    config = dataclasses.replace(jax_mla.v3(), n_group=None, topk_group=None)
+    read = DeepSeekConfig.from_hf(config.to_hf())
+    assert (read.n_group, read.topk_group) == (1, 1)
+
+
+def test_old_and_new_spelling_of_rope_are_one_config():
+    base = {"model_type": "deepseek_v3"}
+    old = base | {"rope_theta": 50000, "rope_scaling": YARN | {"type": "yarn"}}
+    new = base | {"rope_parameters": YARN | {"rope_type": "yarn", "rope_theta": 50000}}
+    assert DeepSeekConfig.from_hf(old) == DeepSeekConfig.from_hf(new)
+    assert DeepSeekConfig.from_hf(old).rope_theta == 50000
+    plain = DeepSeekConfig.from_hf(base | {"rope_scaling": None, "rope_theta": 7})
+    assert plain.rope_scaling is None and plain.rope_theta == 7
+
+
+def test_yarn_factor_may_be_left_to_the_lengths():
+    rope = YARN | {"type": "yarn", "factor": None, "beta_fast": None}
+    config = DeepSeekConfig.from_hf(
+        {"model_type": "deepseek_v3", "max_position_embeddings": 32768, "rope_scaling": rope}
+    )
+    assert config.rope_scaling.factor == 8.0 and config.rope_scaling.beta_fast == 32.0
+
+
+def test_softmax_scale_holds_mscale_squared():
+    assert jax_mla.v3().softmax_scale == pytest.approx(0.1352337788608801)
+    assert dataclasses.replace(jax_mla.v3(), rope_scaling=None).softmax_scale == 192**-0.5
+
+
+def test_other_names_of_fields():
+    config = DeepSeekConfig.from_hf(
+        {"model_type": "deepseek_v3", "num_local_experts": 64, "num_mtp_layers": 2,
+         "torch_dtype": "bfloat16", "eos_token_id": [5, 6]}
+    )  # fmt: skip
+    assert config.n_routed_experts == 64 and config.num_nextn_predict_layers == 2
+    assert config.dtype == "bfloat16" and config.eos_token_id == (5, 6)
+
+
+def test_families_differ_where_they_should():
+    read = lambda family, **fields: DeepSeekConfig.from_hf({"model_type": family} | fields)  # noqa: E731
+    v2 = read("deepseek_v2", num_experts_per_tok=6, norm_topk_prob=True, rope_interleave=False)
+    assert (v2.scoring_func, v2.norm_topk_prob, v2.rope_interleave) == ("softmax", False, True)
+    youtu = read("youtu")
+    assert youtu.num_moe_layers == 0 and youtu.tie_word_embeddings
+    minicpm = read("minicpm3")
+    assert minicpm.v_head_dim == 64 and not minicpm.rope_interleave
+    assert minicpm.residual_scale == pytest.approx(1.4 / 62**0.5)
+    assert minicpm.logits_divisor == 10.0 and minicpm.scale_emb == 12
+    glm = read("glm4_moe_lite")
+    assert (glm.num_dense_layers, glm.num_moe_layers, glm.qk_nope_head_dim) == (1, 46, 192)
+    types = ["dense"] * 3 + ["sparse"] * 44
+    assert read("glm4_moe_lite", mlp_layer_types=types).num_dense_layers == 3
+
+
+V3 = {"model_type": "deepseek_v3"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not one of deepseek_v2, deepseek_v3"),
+        ({}, "model_type None is not one of"),
+        ({"model_type": "deepseek_v32"}, "'deepseek_v32' is not supported: its sparse attention"),
+        ({"model_type": "kimi_linear"}, "its linear-attention layers"),
+        (V3 | {"index_topk": 2048}, "index_topk=2048 is not supported"),
+        (V3 | {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+        (V3 | {"num_key_value_heads": 8}, "num_key_value_heads=8 must equal num_att"),
+        (V3 | {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
+        (V3 | {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        (V3 | {"n_group": 7}, "n_routed_experts=256 is not a multiple of n_group=7"),
+        (V3 | {"topk_group": 9}, "topk_group=9 exceeds n_group=8"),
+        (V3 | {"num_experts_per_tok": 200}, "num_experts_per_tok=200 exceeds the 128 experts"),
+        (V3 | {"qk_rope_head_dim": 63}, "qk_rope_head_dim must be even, got 63"),
+        (V3 | {"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        (V3 | {"hidden_size": "big"}, "hidden_size must be an integer, got 'big'"),
+        (V3 | {"num_hidden_layers": 2.5}, "num_hidden_layers must be an integer, got 2.5"),
+        (V3 | {"qk_rope_head_dim": None}, "qk_rope_head_dim must be an integer, got None"),
+        (V3 | {"eos_token_id": "x"}, "must be a token id or a list of them, got 'x'"),
+        (V3 | {"rope_parameters": [1]}, r"must be an object with named values, got \[1\]"),
+        (V3 | {"mlp_layer_types": 5}, "mlp_layer_types must be a list"),
+        (V3 | {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type 'dynamic' is not"),
+        ({"model_type": "deepseek_v2"}, "moe_intermediate_size, got 64, None and 1407"),
+        ({"model_type": "deepseek_v2", "topk_method": "best"}, "topk_method='best' is not one of"),
+        (
+            {"model_type": "minicpm3", "max_position_embeddings": 65536,
+             "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 32768}},
+            "max_position_embeddings=65536 beyond original_max_position_embeddings=32768",
+        ),
+        (
+            {"model_type": "minicpm3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "short_factor has 1 entries, expected qk_rope_head_dim / 2 = 16",
+        ),
+        (
+            {"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense"]},
+            "must be dense layers, then sparse ones",
+        ),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_cannot_be_computed_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        DeepSeekConfig.from_hf(config)

@@ -1,0 +1,225 @@
+"""The functional API: caches, chunks and ragged prompts give the numbers of one forward pass."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import POISONS, assert_close
+
+import jax_mla
+
+CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.1, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax_mla.init(jax.random.key(0), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 40))
+
+
+@pytest.fixture(scope="module")
+def logits(params, tokens):
+    return np.asarray(jax_mla.forward(params, CONFIG, tokens))
+
+
+def paged(batch=3, pages_each=6, page_size=8, extra=4, seed=0):
+    table = np.random.default_rng(seed).permutation(batch * pages_each + extra)
+    table = table[: batch * pages_each].reshape(batch, pages_each)
+    return jax_mla.PagedLatentCache.empty(
+        CONFIG, batch * pages_each + extra, page_size, page_table=table
+    )
+
+
+CACHES = {
+    "dense": lambda: jax_mla.LatentCache.empty(CONFIG, 3, 48),
+    "dense_small_pages": lambda: jax_mla.LatentCache.empty(CONFIG, 3, 41, page_size=8),
+    "paged": paged,
+}
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_chunked_ragged_prefill_then_decode(kind, form, params, tokens, logits):
+    """Prompts of unlike lengths, in two chunks with padding in both, then tokens one by one."""
+    first, second = np.asarray([9, 16, 3]), np.asarray([16, 0, 5])
+    cache = CACHES[kind]()
+    got, cache = jax_mla.prefill(params, CONFIG, tokens[:, :16], cache, lengths=first, form=form)
+    at = np.arange(3)
+    assert_close(got, logits[at, first - 1], "float32")
+    chunk = np.stack([np.roll(row, -n)[:16] for row, n in zip(tokens, first, strict=True)])
+    got, cache = jax_mla.prefill(params, CONFIG, chunk, cache, lengths=second, form=form)
+    total = first + second
+    has_new = second > 0
+    assert_close(np.asarray(got)[has_new], logits[at, total - 1][has_new], "float32")
+    assert cache.lengths.tolist() == total.tolist()
+    for _ in range(3):
+        got, cache = jax_mla.decode_step(params, CONFIG, tokens[at, total], cache)
+        assert_close(got, logits[at, total], "float32")
+        total = total + 1
+
+
+def test_several_tokens_in_one_decode_step(params, tokens, logits):
+    _, cache = jax_mla.prefill(params, CONFIG, tokens[:, :20], paged())
+    got, cache = jax_mla.decode_step(params, CONFIG, tokens[:, 20:24], cache)
+    assert got.shape == (3, 4, CONFIG.vocab_size)
+    assert_close(got, logits[:, 20:24], "float32")
+    assert cache.lengths.tolist() == [24, 24, 24]
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("poison", POISONS)
+def test_what_holds_no_token_is_never_read(poison, form, params, tokens):
+    """Poison in free pages and page tails, garbage behind the table's used entries: equal bits."""
+    clean = paged()
+    bad = dataclasses.replace(
+        clean,
+        pages=jnp.full_like(clean.pages, POISONS[poison]),
+        page_table=clean.page_table.at[:, 4:].set(2147480000),
+    )
+    lengths = np.asarray([13, 8, 1])
+    results = []
+    for cache in (clean, bad):
+        _, cache = jax_mla.prefill(
+            params, CONFIG, tokens[:, :16], cache, lengths=lengths, form=form
+        )
+        more, cache = jax_mla.prefill(params, CONFIG, tokens[:, 16:24], cache, form=form)
+        step, cache = jax_mla.decode_step(params, CONFIG, tokens[:, 24], cache)
+        results.append((np.asarray(more), np.asarray(step)))
+    chex.assert_trees_all_equal(*results)
+
+
+def test_sequences_may_share_pages(params, tokens, logits):
+    """Two sequences whose first two pages are the same hold one prefix once."""
+    prompt = np.stack([tokens[0, :16]] * 2)
+    table = np.asarray([[5, 2, 0, 7], [5, 2, 1, 6]])
+    cache = jax_mla.PagedLatentCache.empty(CONFIG, 8, 8, page_table=table)
+    _, cache = jax_mla.prefill(params, CONFIG, prompt, cache)
+    a, b = tokens[0, 16], (tokens[0, 16] + 1) % CONFIG.vocab_size
+    got, _ = jax_mla.decode_step(params, CONFIG, np.asarray([a, b]), cache)
+    assert_close(got[0], logits[0, 16], "float32")
+    other = jax_mla.forward(params, CONFIG, np.append(tokens[0, :16], b)[None])
+    assert_close(got[1], other[0, -1], "float32")
+
+
+def test_packed_segments(params, tokens):
+    ids = np.asarray([[0] * 12 + [1] * 20 + [2] * 8])
+    packed = jax_mla.forward(params, CONFIG, tokens[:1], segment_ids=ids)
+    for start, end in ((0, 12), (12, 32), (32, 40)):
+        alone = jax_mla.forward(params, CONFIG, tokens[:1, start:end])
+        assert_close(packed[:, start:end], alone, "float32")
+
+
+def test_shifted_positions_change_nothing(params, tokens, logits):
+    positions = np.broadcast_to(np.arange(40) + 100, tokens.shape)
+    got = jax_mla.forward(params, CONFIG, tokens, positions=positions)
+    # Angles are products of float32 numbers, here a hundred radians instead of forty.
+    np.testing.assert_allclose(got, logits, atol=2e-4 * np.abs(logits).max())
+
+
+def test_everything_jits_and_donates(params, tokens, logits):
+    @chex.assert_max_traces(1)
+    def step(params, token, cache):
+        return jax_mla.decode_step(params, CONFIG, token, cache)
+
+    prefill = jax.jit(lambda params, tokens, cache: jax_mla.prefill(params, CONFIG, tokens, cache))
+    step = jax.jit(step, donate_argnums=2)
+    _, cache = prefill(params, jnp.asarray(tokens[:, :30]), CACHES["dense"]())
+    for t in range(30, 34):
+        old = cache.pages
+        got, cache = step(params, jnp.asarray(tokens[:, t]), cache)
+        assert_close(got, logits[:, t], "float32")
+        assert old.is_deleted()
+
+
+def test_a_cache_that_is_not_donated_stays_as_it_was(params, tokens):
+    before = CACHES["dense"]()
+    jax_mla.prefill(params, CONFIG, tokens[:, :8], before)
+    assert not before.pages.any() and not before.lengths.any()
+
+
+def test_init_is_the_tree_of_the_shardings():
+    mesh = jax_mla.make_mesh(tensor=2, expert=2, fsdp=2)
+    shardings = jax_mla.param_shardings(CONFIG, mesh)
+    params = jax.jit(lambda: jax_mla.init(jax.random.key(0), CONFIG), out_shardings=shardings)()
+    gate = params["moe_layers"]["mlp"]["experts"]["gate_proj"]
+    L, E, D, F = gate.shape
+    assert gate.sharding.shard_shape(gate.shape) == (L, E // 2, D // 2, F // 2)
+    heads = params["dense_layers"]["self_attn"]["k_b_proj"]
+    assert heads.sharding.shard_shape(heads.shape)[1] == CONFIG.num_attention_heads // 2
+
+
+def test_scan_compiles_once_whatever_the_depth(params):
+    """The program of 61 layers is the program of 10 with another trip count."""
+
+    def program(num_layers):
+        config = dataclasses.replace(jax_mla.v3(), num_hidden_layers=num_layers, dtype="float32",
+            vocab_size=64, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+            num_attention_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4,
+            qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=16)  # fmt: skip
+        params = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config))
+        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        jaxpr = jax.make_jaxpr(lambda p, t: jax_mla.forward(p, config, t))(params, tokens)
+        return str(jaxpr).count("\n")
+
+    assert program(61) == program(10)
+
+
+BAD = {
+    "vocabulary": (
+        lambda p, t, c: jax_mla.forward(p, CONFIG, t + 300),
+        "outside the vocabulary of 320",
+    ),
+    "negative": (lambda p, t, c: jax_mla.forward(p, CONFIG, t - 1000), "token id -.* outside"),
+    "floats": (lambda p, t, c: jax_mla.forward(p, CONFIG, t * 1.0), "must be integers, got dtype"),
+    "axes": (
+        lambda p, t, c: jax_mla.forward(p, CONFIG, t[0]),
+        r"must be Int\[B T\], got shape \(40,\)",
+    ),
+    "no_tokens": (lambda p, t, c: jax_mla.forward(p, CONFIG, t[:, :0]), "at least one token"),
+    "segments": (
+        lambda p, t, c: jax_mla.forward(p, CONFIG, t, segment_ids=t[:, :3]),
+        r"segment_ids has shape \(3, 3\), tokens have \(3, 40\)",
+    ),
+    "lengths": (
+        lambda p, t, c: jax_mla.prefill(p, CONFIG, t, c, lengths=np.asarray([1, 41, 2])),
+        "length 41 is not between 0 and the 40",
+    ),
+    "lengths_shape": (
+        lambda p, t, c: jax_mla.prefill(p, CONFIG, t, c, lengths=np.asarray([1, 2])),
+        r"lengths have shape \(2,\), tokens \(3, 40\)",
+    ),
+    "capacity": (
+        lambda p, t, c: jax_mla.prefill(p, CONFIG, np.tile(t, 2), c),
+        "would hold 80 tokens, the cache has room for 48",
+    ),
+    "batch": (
+        lambda p, t, c: jax_mla.decode_step(p, CONFIG, t[:2, 0], c),
+        "the cache holds 3 sequences, tokens have 2",
+    ),
+    "page_table": (
+        lambda p, t, c: jax_mla.prefill(
+            p, CONFIG, t, dataclasses.replace(c, page_table=c.page_table.at[1, 2].set(99))
+        ),
+        r"page_table\[1, 2\] is 99, the cache has 22 pages",
+    ),
+    "other_model": (
+        lambda p, t, c: jax_mla.prefill(
+            p, CONFIG, t, dataclasses.replace(c, pages=c.pages[:, :, :, :-1])
+        ),
+        "3 layers of 79 numbers a token, the config 3 of 80",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case, params, tokens):
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call(params, tokens, paged())

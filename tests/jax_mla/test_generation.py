@@ -1,0 +1,179 @@
+"""Generation: equals a loop over `forward`, stops where it should, and compiles once a bucket."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import jax_mla
+from jax_mla import generation
+
+CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.1, num_hidden_layers=2)
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax_mla.init(jax.random.key(0), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return np.random.default_rng(0).integers(0, 256, (3, 9)), np.asarray([9, 4, 1])
+
+
+@pytest.fixture(scope="module")
+def greedy(params, prompts):
+    """Row by row and token by token, through `forward`, which knows no cache. Right padding is
+    behind the causal border, so that all steps share one shape."""
+    rows = []
+    for prompt, length in zip(*prompts, strict=True):
+        row = np.zeros(16, np.int32)
+        row[:length] = prompt[:length]
+        for at in range(length, length + STEPS):
+            row[at] = np.asarray(jax_mla.forward(params, CONFIG, row[None]))[0, at - 1].argmax()
+        rows.append(row[length : length + STEPS])
+    return np.stack(rows)
+
+
+def run(params, prompts, **options):
+    tokens, lengths = prompts
+    options = {"max_new_tokens": STEPS, "eos_token_ids": ()} | options
+    return jax_mla.generate(params, CONFIG, tokens, lengths=lengths, **options)
+
+
+def test_greedy_equals_forward(params, prompts, greedy):
+    out = run(params, prompts)
+    np.testing.assert_array_equal(out.tokens, greedy)
+    assert out.lengths.tolist() == [STEPS] * 3
+
+
+def test_a_row_does_not_depend_on_its_batch(params, prompts, greedy):
+    tokens, lengths = prompts
+    for row in range(3):
+        alone = jax_mla.generate(
+            params,
+            CONFIG,
+            tokens[row : row + 1, : lengths[row]],
+            max_new_tokens=STEPS,
+            eos_token_ids=(),
+        )
+        np.testing.assert_array_equal(alone.tokens[0], greedy[row])
+
+
+def test_stops_at_any_end_token(params, prompts, greedy):
+    eos = (int(greedy[0, 2]), int(greedy[1, 4]))
+    out = run(params, prompts, eos_token_ids=eos)
+    for row in range(3):
+        is_end = np.isin(greedy[row], eos)
+        length = int(is_end.argmax()) + 1 if is_end.any() else STEPS
+        assert out.lengths[row] == length
+        np.testing.assert_array_equal(out.tokens[row, :length], greedy[row, :length])
+        assert (out.tokens[row, length:] == CONFIG.pad_token_id).all()
+    assert out.lengths[0] <= 3
+
+
+def test_stops_when_all_rows_have(params, prompts, greedy):
+    seen = []
+    eos = tuple(int(t) for t in greedy[:, 0])
+    out = run(params, prompts, eos_token_ids=eos, stream=seen.append)
+    assert len(seen) == 1 and out.lengths.tolist() == [1, 1, 1]
+
+
+def test_config_names_the_end_tokens(params, prompts, greedy):
+    config = dataclasses.replace(CONFIG, eos_token_id=(int(greedy[0, 1]),))
+    tokens, lengths = prompts
+    out = jax_mla.generate(params, config, tokens[:1], lengths=lengths[:1], max_new_tokens=STEPS)
+    assert out.lengths.tolist() == [int((greedy[0] == greedy[0, 1]).argmax()) + 1]
+
+
+SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "key": 3}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_streamed_tokens_are_the_tokens(options, params, prompts):
+    seen = []
+    streamed = run(params, prompts, stream=lambda tokens: seen.append(tokens.copy()), **options)
+    chex.assert_trees_all_equal(streamed, run(params, prompts, **options))
+    np.testing.assert_array_equal(np.stack(seen, axis=1), streamed.tokens)
+
+
+def test_seeds(params, prompts):
+    sampled = [run(params, prompts, temperature=1.5, key=key).tokens for key in (1, 1, 2)]
+    np.testing.assert_array_equal(sampled[0], sampled[1])
+    assert (sampled[0] != sampled[2]).any()
+    with_key = run(params, prompts, temperature=1.5, key=jax.random.key(1)).tokens
+    np.testing.assert_array_equal(with_key, sampled[0])
+
+
+def test_tiny_temperature_is_greedy(params, prompts, greedy):
+    out = run(params, prompts, temperature=1e-4)
+    np.testing.assert_array_equal(out.tokens, greedy)
+
+
+def test_one_compilation_a_bucket(params, monkeypatch):
+    traces = {"start": 0, "loop": 0}
+
+    def counted(name, function):
+        def run(*args, **kwargs):
+            traces[name] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    config = dataclasses.replace(
+        CONFIG, pad_token_id=7
+    )  # of its own, so that nothing is compiled yet
+    monkeypatch.setattr(generation, "_write", counted("start", generation._write))
+    monkeypatch.setattr(generation, "_step", counted("loop", generation._step))
+    rng = np.random.default_rng(0)
+    for length, steps in ((3, 5), (17, 9), (64, 64), (40, 1)):
+        jax_mla.generate(
+            params,
+            config,
+            rng.integers(0, 256, (2, length)),
+            max_new_tokens=steps,
+            eos_token_ids=(),
+        )
+    # `_write` is traced by the prefill and, once more, within the loop's step.
+    assert traces["loop"] <= 2 and traces["start"] <= 1 + traces["loop"]
+    before = dict(traces)
+    jax_mla.generate(
+        params, config, rng.integers(0, 256, (2, 65)), max_new_tokens=4, eos_token_ids=()
+    )
+    assert traces["loop"] > before["loop"]
+
+
+def test_works_inside_jit(params, prompts, greedy):
+    @jax.jit
+    def both(params, tokens, lengths):
+        return jax_mla.generate(
+            params, CONFIG, tokens, lengths=lengths, max_new_tokens=STEPS, eos_token_ids=()
+        ).tokens
+
+    np.testing.assert_array_equal(both(params, *prompts), greedy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"min_p": 0.0}, "min_p must be above 0 and at most 1, got 0.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_options_are_refused(options, message, params, prompts):
+    with pytest.raises(ValueError, match=message):
+        run(params, prompts, **options)
+
+
+def test_empty_prompts_are_refused(params, prompts):
+    with pytest.raises(ValueError, match="needs at least 1 token, got length 0"):
+        jax_mla.generate(
+            params, CONFIG, prompts[0], lengths=np.asarray([1, 0, 2]), max_new_tokens=2
+        )

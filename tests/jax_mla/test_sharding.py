@@ -1,0 +1,67 @@
+"""Meshes and rules: where parameters go, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from numerics import assert_close
+
+import jax_mla
+from jax_mla import ShardingRules
+
+
+def test_mesh_has_all_axes_and_they_are_auto():
+    mesh = jax_mla.make_mesh(data=2, tensor=4)
+    assert dict(mesh.shape) == {
+        "data": 2,
+        "fsdp": 1,
+        "tensor": 4,
+        "expert": 1,
+        "stage": 1,
+        "sequence": 1,
+    }
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_mesh_larger_than_the_machine_is_refused():
+    with pytest.raises(ValueError, match="data=4, tensor=4 needs 16 devices, found 8"):
+        jax_mla.make_mesh(data=4, tensor=4)
+
+
+def test_rules_name_a_spec():
+    assert ShardingRules().spec(("layers", "expert", "embed", "mlp")) == P(
+        None, "expert", "fsdp", "tensor"
+    )
+    replicated = ShardingRules(vocab=None, embed=None)
+    assert replicated.spec(("vocab", "embed")) == P(None, None)
+
+
+def test_rules_refuse_what_cannot_be():
+    with pytest.raises(ValueError, match="logical axis 'headz' has no rule"):
+        ShardingRules().spec(("headz",))
+    with pytest.raises(ValueError, match="use mesh axis 'tensor' twice"):
+        ShardingRules(embed="tensor").spec(("embed", "mlp"))
+
+
+def test_axis_that_does_not_divide_is_refused():
+    mesh = jax_mla.make_mesh(tensor=4)
+    with pytest.raises(ValueError, match="axis 'heads' of size 6 cannot be split over 4 devices"):
+        jax_mla.param_shardings(jax_mla.tiny(), mesh)
+
+
+def test_every_parameter_has_a_sharding():
+    for preset in (jax_mla.tiny(), jax_mla.v2_lite(), jax_mla.v3()):
+        mesh = jax_mla.make_mesh(tensor=2, expert=2)
+        shardings = jax_mla.param_shardings(preset, mesh)
+        shapes = jax.eval_shape(lambda config=preset: jax_mla.init(jax.random.key(0), config))
+        assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
+
+
+def test_sharded_parameters_give_the_same_logits():
+    config = jax_mla.tiny()
+    params = jax_mla.init(jax.random.key(0), config)
+    shardings = jax_mla.param_shardings(config, jax_mla.make_mesh(fsdp=2, tensor=2, expert=2))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 16)))
+    got = jax_mla.forward(jax.device_put(params, shardings), config, tokens)
+    assert_close(got, jax_mla.forward(params, config, tokens), "float32")

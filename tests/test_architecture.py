@@ -1,0 +1,167 @@
+"""The house: who may import whom, which names are public, and what no file may contain."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jax_mla
+import pallas_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(p for room in ("jax_mla", "pallas_kernels") for p in (ROOT / room).rglob("*.py"))
+
+# Top to bottom. A part imports parts of lower floors only; `config` is config.py and config_hf.py.
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"serving", "training"},
+    {"checkpoint", "generation", "tokenizer"},
+    {"functional"},
+    {"model", "inputs"},
+    {"layers"},
+    {"cache", "sharding", "sampling", "plan"},
+    {"config"},
+]
+FLOOR = {part: depth for depth, floor in enumerate(FLOORS) for part in floor}
+SAME_PART = {"config_hf": "config"}
+
+# Ops are called by layers. A decode plan is made once a step and handed down to all layers, so the
+# model passes it on and the generation loop makes it. The doctor asks every op what would run.
+PLAN = {"pallas_kernels.mla_decode_plan", "pallas_kernels.MLADecodePlan"}
+MAY_PLAN = {"jax_mla/model.py", "jax_mla/functional.py", "jax_mla/generation.py"}
+MAY_ASK_THE_OPS = {"jax_mla/cli/doctor.py"}
+
+PALLAS_KERNELS_NAMES = {
+    "MLADecodeOutput", "MLADecodePlan", "flash_attention", "grouped_matmul", "merge_attention",
+    "mla_decode", "mla_decode_plan",
+}  # fmt: skip
+JAX_MLA_NAMES = {
+    "Block", "DeepSeek", "DeepSeekConfig", "GroupedQueryAttention", "KeyValueCache",
+    "LatentCache", "MLA", "MoE", "PagedLatentCache", "RMSNorm", "RopeScaling",
+    "ShardingRules", "SwiGLU", "decode_step", "forward", "forward_trace", "generate", "init",
+    "kimi_k2", "load", "make_mesh", "param_shardings", "prefill", "sample", "save", "tiny",
+    "v2", "v2_lite", "v3",
+}  # fmt: skip
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, anywhere in it; `from a import b` gives a.b."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part_of(dotted: str) -> str:
+    """`jax_mla.layers.mla.MLA` is of `layers`; a public name is of the part that defines it."""
+    part = dotted.split(".")[1]
+    if part not in FLOOR and part not in SAME_PART:
+        part = jax_mla._HOME.get(part, part).split(".")[0]
+    return SAME_PART.get(part, part)
+
+
+def of_room(room: str) -> list[Path]:
+    return [p for p in SOURCES if p.relative_to(ROOT).parts[0] == room]
+
+
+@pytest.mark.parametrize("path", of_room("pallas_kernels"), ids=relative)
+def test_ops_know_no_model(path):
+    foreign = {"jax_mla", "flax", "optax", "safetensors", "rich", "tokenizers", "torch"}
+    assert not {name for name in imported_modules(path) if name.split(".")[0] in foreign}
+
+
+@pytest.mark.parametrize("path", of_room("jax_mla"), ids=relative)
+def test_imports_point_downwards(path):
+    if path == ROOT / "jax_mla/__init__.py":  # the lazy table of public names
+        return
+    here = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert here in FLOOR, f"{relative(path)} is on no floor of the house; add it to FLOORS"
+    for name in imported_modules(path):
+        if not name.startswith("jax_mla.") or name == "jax_mla.__version__":
+            continue
+        there = part_of(name)
+        assert there in FLOOR, f"{relative(path)} imports {name}, which is on no floor"
+        assert there == here or FLOOR[there] > FLOOR[here], f"{relative(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", of_room("jax_mla"), ids=relative)
+def test_only_layers_call_the_ops_and_only_by_public_name(path):
+    if relative(path) in MAY_ASK_THE_OPS:
+        return
+    found = {n for n in imported_modules(path) if n.split(".")[0] == "pallas_kernels"}
+    public = {f"pallas_kernels.{name}" for name in PALLAS_KERNELS_NAMES} | {"pallas_kernels"}
+    is_layer = path.relative_to(ROOT).parts[1] == "layers"
+    allowed = public if is_layer else PLAN if relative(path) in MAY_PLAN else set()
+    assert found <= allowed, f"{relative(path)} imports {sorted(found - allowed)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_runs_nothing_that_came_from_a_file(path):
+    banned_modules = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch"}
+    assert not {n for n in imported_modules(path) if n.split(".")[0] in banned_modules}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            assert not (isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"})
+            unsafe = {"allow_pickle", "trust_remote_code", "shell"}
+            for keyword in node.keywords:
+                is_off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                assert keyword.arg not in unsafe or is_off, f"line {node.lineno}: {keyword.arg}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_file_has_one_idea(path):
+    assert path.stem not in {"utils", "util", "common", "helpers", "base", "misc"}
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= 450, f"{relative(path)} has {lines} lines; aim at 300, split above 450"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_environment_variables_are_no_api(path):
+    assert not {n for n in imported_modules(path) if n in {"os.environ", "os.getenv"}}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"})
+
+
+def test_public_names_are_frozen():
+    assert set(jax_mla.__all__) == JAX_MLA_NAMES
+    public = {n for n, v in vars(pallas_kernels).items() if n[0] != "_" and not inspect.ismodule(v)}
+    assert public == PALLAS_KERNELS_NAMES
+
+
+@pytest.mark.parametrize("name", sorted(JAX_MLA_NAMES))
+def test_public_name_of_jax_mla_exists(name):
+    assert (getattr(jax_mla, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", sorted(PALLAS_KERNELS_NAMES))
+def test_public_name_of_pallas_kernels_exists(name):
+    assert (getattr(pallas_kernels, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import jax_mla",
+        "import jax_mla; jax_mla.DeepSeekConfig, jax_mla.v3()",
+        "from jax_mla.cli.main import main",
+    ],
+)
+def test_starts_without_jax(code):
+    check = (
+        "import sys; found = {'jax', 'flax', 'numpy'} & set(sys.modules); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", f"{code}\n{check}"], check=True, timeout=60, cwd=ROOT)
