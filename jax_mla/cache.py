@@ -161,7 +161,12 @@ def append(
     is_kept = (step < num_new[:, None]) & (position < table.shape[1] * page_size)
     is_kept &= (page >= 0) & (page < num_pages)
     row = (layer * num_pages + page) * page_size + position % page_size
-    row = jnp.where(is_kept, row, num_layers * num_pages * page_size)  # out of range: dropped
+    pages_end = num_layers * num_pages * page_size  # out of range: dropped
+    row = jnp.where(is_kept, row, pages_end)
+    if rows.shape[:2] == (1, 1):
+        # XLA turns a scatter of one row into an update for which its CPU backend copies the cache.
+        row = jnp.concatenate([row, jnp.full_like(row, pages_end)], axis=1)
+        rows = jnp.concatenate([rows, rows], axis=1)
     flat = cache.pages.reshape(-1, width).at[row].set(rows.astype(cache.pages.dtype), mode="drop")
     return dataclasses.replace(cache, pages=flat.reshape(cache.pages.shape))
 

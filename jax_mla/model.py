@@ -156,21 +156,26 @@ class DeepSeek(nnx.Module):
             return y, ((x, routing) if trace else None)
 
         x, traces = self._embed(tokens), []
-        for blocks, first in self._stacks():
-            x, traced = scan_stack(blocks, run, x, first)
+        for blocks, _ in self._stacks():
+            x, traced = scan_stack(blocks, run, x)
             traces.append(traced)
         return self.norm(x), traces
 
     def _run_cached(self, tokens, cache, attend) -> tuple[Array, Any]:
-        def run(block, carry, layer):
-            x, cache = carry
-            x, cache, _ = block(x, lambda mla, normed: attend(mla, normed, cache, layer))
-            return (x, cache), None
-
         # The cache is carried, not scanned over: each layer writes its rows in place.
-        carry = (self._embed(tokens), cache)
-        for blocks, first in self._stacks():
-            carry, _ = scan_stack(blocks, run, carry, first)
+        carry, num_experts = (self._embed(tokens), cache), self.config.n_routed_experts or 0
+        for blocks, first_layer in self._stacks():
+
+            def run(block, carry, i, first_layer=first_layer):
+                x, cache = carry
+                x, cache, _ = block(
+                    x,
+                    lambda mla, normed: attend(mla, normed, cache, first_layer + i),
+                    first_expert=i * num_experts,
+                )
+                return (x, cache), None
+
+            carry, _ = scan_stack(blocks, run, carry, pool_experts=True)
         x, cache = carry
         return self.norm(x), cache
 

@@ -7,7 +7,7 @@ from jax.core import Tracer
 FLOATS = ("float32", "bfloat16", "float16")
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool | np.bool_, message: str) -> None:
     """Raises ValueError(message) unless `condition`."""
     if not condition:
         raise ValueError(message)

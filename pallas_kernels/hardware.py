@@ -44,32 +44,32 @@ SHARED_MEMORY_BYTES = {
 }
 
 
-def compute_capability(device: jax.Device | None = None) -> tuple[int, int] | None:
+def compute_capability(device: Any = None) -> tuple[int, int] | None:
     """Compute capability of an NVIDIA GPU, such as (9, 0); None for anything else."""
     text = getattr(_device(device), "compute_capability", None)
     parts = str(text).split(".")
     return (int(parts[0]), int(parts[1])) if len(parts) == 2 and "".join(parts).isdigit() else None
 
 
-def shared_memory_bytes(device: jax.Device | None = None) -> int | None:
+def shared_memory_bytes(device: Any = None) -> int | None:
     """Shared memory that one block may use; None where unknown."""
     return SHARED_MEMORY_BYTES.get(compute_capability(device) or (0, 0))
 
 
-def num_sms(device: jax.Device | None = None) -> int:
+def num_sms(device: Any = None) -> int:
     """Multiprocessors of a GPU; an H200's elsewhere, so that plans can be made anywhere."""
     found = _device(device)
     return found.core_count if found.platform == "gpu" else H200_NUM_SMS
 
 
-def peak(device: jax.Device | None = None) -> Peak | None:
+def peak(device: Any = None) -> Peak | None:
     """Vendor peak of the device, or None for one that is not listed."""
     kind = _device(device).device_kind
     names = [name for name in PEAKS if kind.startswith(name)]
     return PEAKS[max(names, key=len)] if names else None
 
 
-def missing_gpu(wanted: tuple[int, int], device: jax.Device | None = None) -> str | None:
+def missing_gpu(wanted: tuple[int, int], device: Any = None) -> str | None:
     """Why a kernel for compute capability `wanted` cannot run, or None."""
     found = compute_capability(device)
     if found == wanted:
@@ -78,5 +78,5 @@ def missing_gpu(wanted: tuple[int, int], device: jax.Device | None = None) -> st
     return f"needs an NVIDIA GPU of compute capability {wanted[0]}.{wanted[1]}, found {have}"
 
 
-def _device(device: jax.Device | None) -> Any:
+def _device(device: Any) -> Any:
     return jax.devices()[0] if device is None else device

@@ -1,5 +1,7 @@
 """What tests of arrays share: a comparison with one table of bounds, poison, random inputs."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -75,3 +77,11 @@ def slow_attention(q, k, v, is_visible, scale):
             out[t] = weights @ v[seen] / weights.sum()
             lse[t] = scores.max() + np.log(weights.sum())
     return out, lse
+
+
+def unchecked(function):
+    """`function` without the shape checks that `--jaxtyping-packages` wraps it in.
+
+    For tests of our own messages, which those checks would forestall.
+    """
+    return inspect.unwrap(function)

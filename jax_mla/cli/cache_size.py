@@ -5,7 +5,7 @@ from jax_mla.config import DeepSeekConfig
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def cache_bytes_per_token(config: DeepSeekConfig) -> dict[str, float]:
+def cache_bytes_per_token(config: DeepSeekConfig) -> dict[str, int | float]:
     """Bytes over all layers in the config's dtype: `latent` (X = C + R), `mha` (N * (P + R + H)).
 
     Multi-head attention caches a whole key (P + R) and a whole value (H) for each head.

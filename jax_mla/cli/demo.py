@@ -7,7 +7,7 @@ from pathlib import Path
 from jax_mla.cli import completion, report
 from jax_mla.tokenizer import load_tokenizer
 
-PROMPT = "Once upon a time"
+PROMPT = "And it came to pass"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -119,7 +119,7 @@ def _ops() -> dict[str, list[dict[str, Any]]]:
         ),
         "grouped_matmul": dispatch.explain(
             "grouped_matmul", GROUPED_MATMUL, rows, experts, Shape((256,), "int32"),
-            preferred_element_type=rows.dtype,
+            first_group=0, preferred_element_type=rows.dtype,
         ),
     }  # fmt: skip
     return {op: _chosen_first_that_can(reasons) for op, reasons in calls.items()}

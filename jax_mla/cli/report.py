@@ -37,7 +37,7 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def size(num_bytes: float) -> str:
+def size(num_bytes: int | float) -> str:
     """70_272 -> '70.3 kB', in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jax_mla.config import DeepSeekConfig
 from jax_mla.layers.mla import MLA
@@ -41,7 +41,11 @@ class Block(nnx.Module):
             self.mlp = SwiGLU(D, config.intermediate_size, rngs=rngs, stddev=stddev, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Callable[[MLA, Array], tuple[Array, Any]]
+        self,
+        x: Float[Array, "B T D"],
+        attend: Callable[[MLA, Array], tuple[Array, Any]],
+        *,
+        first_expert: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
         """Runs the block; `attend(self_attn, normed)` returns its output and what to pass on."""
         attended, state = attend(self.self_attn, self.input_layernorm(x))
@@ -49,7 +53,11 @@ class Block(nnx.Module):
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             routing = self.mlp.route(normed)
-            return self._add(x, self.mlp(normed, routing)), state, routing
+            return (
+                self._add(x, self.mlp(normed, routing, first_expert=first_expert)),
+                state,
+                routing,
+            )
         return self._add(x, self.mlp(normed)), state, None
 
     def _add(self, x, branch):
@@ -73,15 +81,30 @@ def stack(config: DeepSeekConfig, kind: Kind, num_layers: int, *, rngs: nnx.Rngs
 
 
 def scan_stack(
-    blocks: Block, run: Callable[[Block, Any, Array], tuple[Any, Any]], carry: Any, first_layer: int
+    blocks: Block,
+    run: Callable[[Block, Any, Array], tuple[Any, Any]],
+    carry: Any,
+    *,
+    pool_experts: bool = False,
 ) -> tuple[Any, Any]:
-    """carry, y = run(block, carry, layer) over the layers of a stack; traced and compiled once."""
+    """carry, y = run(block, carry, layer) over the layers of a stack; traced and compiled once.
+
+    A scan copies each layer's slice of every weight. With `pool_experts` the experts, of which a
+    step may need few, stay where they are: each block holds those of all layers, [L * E, ...], and
+    `first_expert = layer * E` finds its own. Not for gradients, which would be as large as the pool
+    in every layer.
+    """
     graphdef, state = nnx.split(blocks)
     num_layers = jax.tree.leaves(state)[0].shape[0]
-    layers = first_layer + jnp.arange(num_layers, dtype=jnp.int32)
+    pool = None
+    if pool_experts and isinstance(blocks.mlp, MoE):
+        stacked = state["mlp"].pop("experts")
+        pool = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), stacked)
 
     def body(carry, inputs):
         layer_state, layer = inputs
+        if pool is not None:
+            layer_state["mlp"]["experts"] = pool
         return run(nnx.merge(graphdef, layer_state), carry, layer)
 
-    return jax.lax.scan(body, carry, (state, layers))
+    return jax.lax.scan(body, carry, (state, jnp.arange(num_layers, dtype=jnp.int32)))

@@ -67,7 +67,11 @@ def _keep_best_groups(
 
 
 class Experts(nnx.Module):
-    """E feed-forward layers of one shape, applied to rows that are sorted by expert."""
+    """Feed-forward layers of one shape, applied to rows that are sorted by expert.
+
+    It may hold the experts of many layers as one pool; `first_expert` then says where a layer's
+    own begin.
+    """
 
     def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
         D, (E, _, F) = config.hidden_size, config.moe_sizes
@@ -77,12 +81,17 @@ class Experts(nnx.Module):
         self.down_proj = weight(rngs, (E, F, D), ("expert", "mlp", "embed"), **options)
 
     def __call__(
-        self, rows: Float[Array, "M D"], group_sizes: Int[Array, " E"]
+        self,
+        rows: Float[Array, "M D"],
+        group_sizes: Int[Array, " E"],
+        first_expert: int | Int[Array, ""] = 0,
     ) -> Float[Array, "M D"]:
-        gate = grouped_matmul(rows, self.gate_proj[...].astype(rows.dtype), group_sizes)
-        up = grouped_matmul(rows, self.up_proj[...].astype(rows.dtype), group_sizes)
-        down = self.down_proj[...].astype(rows.dtype)
-        return grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes)
+        def multiply(rows, w):
+            w = w[...].astype(rows.dtype)
+            return grouped_matmul(rows, w, group_sizes, first_group=first_expert)
+
+        gate, up = multiply(rows, self.gate_proj), multiply(rows, self.up_proj)
+        return multiply(jax.nn.silu(gate) * up, self.down_proj)
 
 
 class MoE(nnx.Module):
@@ -119,22 +128,31 @@ class MoE(nnx.Module):
         return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), flat)
 
     def __call__(
-        self, x: Float[Array, "*B D"], routing: Routing | None = None
+        self,
+        x: Float[Array, "*B D"],
+        routing: Routing | None = None,
+        *,
+        first_expert: int | Int[Array, ""] = 0,
     ) -> Float[Array, "*B D"]:
-        """Applies the layer; `routing` replaces the router's own choice."""
+        """Applies the layer.
+
+        Args:
+          routing: replaces the router's own choice.
+          first_expert: see `Experts`.
+        """
         routing = self.route(x) if routing is None else routing
-        y = self._routed(x, routing)
+        y = self._routed(x, routing, first_expert)
         if self.config.n_shared_experts:
             y = y + self.shared_experts(x)
         return y
 
-    def _routed(self, x: Float[Array, "*B D"], routing: Routing) -> Float[Array, "*B D"]:
-        num_experts, active = self.experts.gate_proj.shape[0], routing.expert_index.shape[-1]
+    def _routed(self, x, routing: Routing, first_expert):
+        num_experts, active, _ = self.config.moe_sizes
         tokens = x.reshape(-1, x.shape[-1])
         expert_of_row = routing.expert_index.reshape(-1)
         order = jnp.argsort(expert_of_row)
         group_sizes = jnp.bincount(expert_of_row, length=num_experts)
-        rows = self.experts(tokens[order // active], group_sizes)
+        rows = self.experts(tokens[order // active], group_sizes, first_expert)
         by_token = rows[jnp.argsort(order)].reshape(-1, active, x.shape[-1])
         weights = routing.expert_weight.reshape(-1, active)
         y = jnp.einsum("MAD,MA->MD", by_token.astype(jnp.float32), weights)

@@ -62,7 +62,7 @@ def flash_attention_reference(
         _rows(q_IBtGMK),
         jnp.swapaxes(_blocks(k, block_s), 2, 3),
         jnp.swapaxes(_blocks(v, block_s), 2, 3),
-        lengths.astype(jnp.int32),
+        jnp.minimum(lengths, S).astype(jnp.int32),  # more would show the zeros behind S
         query_ids,
         key_ids,
     )
@@ -109,24 +109,7 @@ def _tokens(x, block):
     return x.reshape(B, I * block, G, M // block, H)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, q, k, v, lengths, query_ids, key_ids) -> tuple[jax.Array, jax.Array]:
-    return _forward(static, q, k, v, lengths, query_ids, key_ids)
-
-
-def _attention_fwd(static, *operands):
-    out, lse = _forward(static, *operands)
-    return (out, lse), (*operands, out, lse)
-
-
-def _attention_bwd(static, residuals, cotangents):
-    return (*_backward(static, *residuals, *cotangents), None, None, None)
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def _forward(static, q, k, v, lengths, query_ids, key_ids):
+def _forward(static, q, k, v, lengths, query_ids, key_ids) -> tuple[jax.Array, jax.Array]:
     """Returns out "I B G M H" and lse "I B G M"."""
 
     def attend(_, block):
@@ -187,6 +170,19 @@ def _backward(static, q, k, v, lengths, query_ids, key_ids, out, lse, dout, dlse
     blocks = (jnp.arange(len(q)), q, query_ids, dout, lse, delta)
     (dk, dv), dq = jax.lax.scan(attend, zeros, blocks)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _forward_with_residuals(static, *operands):
+    out, lse = _forward(static, *operands)
+    return (out, lse), (*operands, out, lse)
+
+
+def _gradients(static, residuals, cotangents):
+    return (*_backward(static, *residuals, *cotangents), None, None, None)
+
+
+_attention = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_attention.defvjp(_forward_with_residuals, _gradients)
 
 
 def _visit_keys(static, i, num_blocks, lengths, meet, state):

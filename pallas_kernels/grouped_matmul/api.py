@@ -21,24 +21,27 @@ IMPLEMENTATIONS = (dispatch.Implementation("xla", grouped_matmul_reference),)
 
 def grouped_matmul(
     lhs: Float[Array, "M K"],
-    rhs: Float[Array, "E K N"],
+    rhs: Float[Array, "num_matrices K N"],
     group_sizes: Int[Array | np.ndarray, "E"],
     *,
+    first_group: int | Int[Array, ""] | None = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: Literal["mosaic_gpu", "xla"] | None = None,
 ) -> Float[Array, "M N"]:
     """Multiplies every row by the matrix of its group.
 
     out[m] = lhs[m] @ rhs[e], where the first group_sizes[0] rows belong to e = 0, the next
-    group_sizes[1] to e = 1, and so on.
+    group_sizes[1] to e = 1, and so on. Matrices are counted from first_group.
 
     Differentiable in lhs and rhs. Works under jit, vmap and shard_map.
 
     Args:
       lhs: rows sorted by group; float32, bfloat16 or float16. Rows past sum(group_sizes) belong to
         none: they give 0, and may hold NaN.
-      rhs: one matrix a group; lhs' dtype. A group without rows gets gradient 0.
+      rhs: one matrix a group; lhs' dtype. A matrix without rows gets gradient 0.
       group_sizes: rows of every group, 0 <= group_sizes, sum(group_sizes) <= M.
+      first_group: given when rhs is a larger pool, such as the experts of all layers: group e
+        multiplies by rhs[first_group + e].
       preferred_element_type: dtype of the result; None is lhs' dtype. Sums are float32 either way.
       implementation: None chooses the fastest that can run here; a name insists on it.
 
@@ -48,7 +51,7 @@ def grouped_matmul(
 
     Cost: 2 * M * K * N floating-point operations, whatever E is; backward twice that.
     """
-    _check(lhs, rhs, group_sizes)
+    _check(lhs, rhs, group_sizes, first_group)
     return dispatch.call(
         "grouped_matmul",
         IMPLEMENTATIONS,
@@ -56,19 +59,26 @@ def grouped_matmul(
         lhs,
         rhs,
         group_sizes,
+        first_group=0 if first_group is None else first_group,
         preferred_element_type=np.dtype(preferred_element_type or lhs.dtype),
     )
 
 
-def _check(lhs, rhs, group_sizes):
+def _check(lhs, rhs, group_sizes, first_group):
     op = "grouped_matmul"
     require_rank(op, lhs=(lhs, 2), rhs=(rhs, 3), group_sizes=(group_sizes, 1))
     require_float(op, lhs=lhs, rhs=rhs)
     require_integer(op, group_sizes=group_sizes)
     M, K = lhs.shape
-    E = rhs.shape[0]
+    E, num_matrices = group_sizes.shape[0], rhs.shape[0]
     require(rhs.shape[1] == K, f"{op}: matrices have {rhs.shape[1]} rows, lhs has {K} columns")
-    require(group_sizes.shape[0] == E, f"{op}: {group_sizes.shape[0]} group sizes for {E} matrices")
+    if first_group is None:
+        require(num_matrices == E, f"{op}: {E} group sizes for {num_matrices} matrices")
+    elif (first := host_values(first_group)) is not None:
+        require(
+            bool(0 <= first <= num_matrices - E),
+            f"{op}: {E} group sizes from first_group={first} on for {num_matrices} matrices",
+        )
     require(min(E, K, rhs.shape[2]) > 0, f"{op}: a size is 0 in rhs {rhs.shape}")
     if (values := host_values(group_sizes)) is not None:
         require(

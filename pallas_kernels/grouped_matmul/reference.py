@@ -15,42 +15,45 @@ MAX_BLOCK = 256  # rows; measured in NOTES.md
 
 
 @functools.partial(jax.jit, static_argnames=("preferred_element_type",))
-def grouped_matmul_reference(lhs, rhs, group_sizes, *, preferred_element_type):
+def grouped_matmul_reference(lhs, rhs, group_sizes, *, first_group=0, preferred_element_type):
     """See `grouped_matmul`."""
-    lhs, rhs, group_sizes = varying.align(lhs, rhs, group_sizes.astype(jnp.int32))
-    return _matmul(preferred_element_type, lhs, rhs, group_sizes)
+    group_sizes, first_group = (jnp.asarray(x, jnp.int32) for x in (group_sizes, first_group))
+    operands = varying.align(lhs, rhs, group_sizes, first_group)
+    return _matmul(preferred_element_type, *operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(dtype, lhs, rhs, group_sizes):
-    return _multiply_rows("MK,KN->MN", lhs, rhs, group_sizes, rhs.shape[2]).astype(dtype)
+def _matmul(dtype, lhs, rhs, group_sizes, first_group):
+    out = _multiply_rows("MK,KN->MN", lhs, rhs, group_sizes, first_group, rhs.shape[2])
+    return out.astype(dtype)
 
 
-def _matmul_fwd(dtype, lhs, rhs, group_sizes):
-    return _matmul(dtype, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+def _matmul_fwd(dtype, lhs, rhs, group_sizes, first_group):
+    residuals = lhs, rhs, group_sizes, first_group
+    return _matmul(dtype, *residuals), residuals
 
 
 def _matmul_bwd(dtype, residuals, dout):
-    lhs, rhs, group_sizes = residuals
+    lhs, rhs, group_sizes, first_group = residuals
     dout = dout.astype(lhs.dtype)
-    dlhs = _multiply_rows("MN,KN->MK", dout, rhs, group_sizes, rhs.shape[1])
-    drhs = _multiply_groups(lhs, dout, rhs, group_sizes)
-    return dlhs.astype(lhs.dtype), drhs.astype(rhs.dtype), None
+    dlhs = _multiply_rows("MN,KN->MK", dout, rhs, group_sizes, first_group, rhs.shape[1])
+    drhs = _multiply_groups(lhs, dout, rhs, group_sizes, first_group)
+    return dlhs.astype(lhs.dtype), drhs.astype(rhs.dtype), None, None
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _multiply_rows(subscripts, rows, rhs, group_sizes, num_columns):
+def _multiply_rows(subscripts, rows, rhs, group_sizes, first_group, num_columns):
     """float32 product of every row with its group's matrix; 0 for rows past the last group."""
     M = rows.shape[0]
-    size = block_size(M, len(rhs))
+    size = block_size(M, len(group_sizes))
     count, expert, begin, _ = row_blocks(M, size, group_sizes)
     rows = jnp.pad(rows, [(0, size), (0, 0)])
 
     def multiply(i, out):
         block = jax.lax.dynamic_slice_in_dim(rows, begin[i], size)
-        block = _einsum(subscripts, block, rhs[expert[i]])
+        block = _einsum(subscripts, block, rhs[first_group + expert[i]])
         # Behind its group's end the block is wrong, until the next group's block overwrites that.
         return jax.lax.dynamic_update_slice_in_dim(out, block, begin[i], axis=0)
 
@@ -59,10 +62,10 @@ def _multiply_rows(subscripts, rows, rhs, group_sizes, num_columns):
     return jnp.where((jnp.arange(M) < jnp.sum(group_sizes))[:, None], out, 0)
 
 
-def _multiply_groups(lhs, dout, rhs, group_sizes):
+def _multiply_groups(lhs, dout, rhs, group_sizes, first_group):
     """float32 lhs.T @ dout of every group's rows, "E K N"; 0 for a group without rows."""
     M = lhs.shape[0]
-    size = block_size(M, len(rhs))
+    size = block_size(M, len(group_sizes))
     count, expert, begin, end = row_blocks(M, size, group_sizes)
     lhs, dout = (jnp.pad(x, [(0, size), (0, 0)]) for x in (lhs, dout))
 
@@ -72,7 +75,7 @@ def _multiply_groups(lhs, dout, rhs, group_sizes):
             jnp.where(is_own, jax.lax.dynamic_slice_in_dim(x, begin[i], size), 0)
             for x in (lhs, dout)
         )
-        return drhs.at[expert[i]].add(_einsum("MK,MN->KN", block, dblock))
+        return drhs.at[first_group + expert[i]].add(_einsum("MK,MN->KN", block, dblock))
 
     drhs = jnp.zeros_like(rhs, dtype=jnp.float32)
     return jax.lax.fori_loop(0, count, multiply, drhs)

@@ -15,18 +15,7 @@ ROW_TILE = 64  # rows of a Hopper matmul instruction: T * N rows are packed into
 REQUEST_OVERHEAD_TOKENS = 320  # starting and finishing a request costs as much as reading these
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "begin_request",
-        "begin_page",
-        "end_request",
-        "end_page",
-        "begin_split",
-        "num_splits",
-    ],
-    meta_fields=["page_size", "num_rows"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MLADecodePlan:
     """Part i reads pages begin_page[i].. of begin_request[i] to ..end_page[i] of end_request[i].
@@ -34,16 +23,21 @@ class MLADecodePlan:
     Requests between the two are read whole. end_request is inclusive, end_page exclusive. A part
     with begin_request > end_request is idle. A request of length 0 counts as one page, so that some
     part writes its result.
+
+    Fields:
+      begin_split: which of the splits of begin_request this part computes.
+      num_splits: running sum; request b has num_splits[b + 1] - num_splits[b] splits.
+      page_size, num_rows: what the plan was made for.
     """
 
-    begin_request: Int32[Array, "num_parts"]
-    begin_page: Int32[Array, "num_parts"]
-    end_request: Int32[Array, "num_parts"]
-    end_page: Int32[Array, "num_parts"]
-    begin_split: Int32[Array, "num_parts"]  # which split of begin_request this part computes
-    num_splits: Int32[Array, "B+1"]  # running sum: b has num_splits[b + 1] - num_splits[b] splits
-    page_size: int
-    num_rows: int
+    begin_request: Int32[Array | np.ndarray, "num_parts"]
+    begin_page: Int32[Array | np.ndarray, "num_parts"]
+    end_request: Int32[Array | np.ndarray, "num_parts"]
+    end_page: Int32[Array | np.ndarray, "num_parts"]
+    begin_split: Int32[Array | np.ndarray, "num_parts"]
+    num_splits: Int32[Array | np.ndarray, "num_requests_and_one"]
+    page_size: int = dataclasses.field(metadata={"static": True})
+    num_rows: int = dataclasses.field(metadata={"static": True})
 
     @property
     def max_splits(self) -> int:

@@ -30,10 +30,8 @@ def test_prints_header_and_a_line_a_workload(quick, capsys):
 
 
 def test_a_wrong_implementation_is_not_timed(quick, capsys, monkeypatch):
-    def wrong(lhs, rhs, group_sizes, *, preferred_element_type):
-        return 1.001 * api.IMPLEMENTATIONS[-1].run(
-            lhs, rhs, group_sizes, preferred_element_type=preferred_element_type
-        )
+    def wrong(*arguments, **options):
+        return 1.001 * api.IMPLEMENTATIONS[-1].run(*arguments, **options)
 
     kernel = dispatch.Implementation("mosaic_gpu", wrong)
     monkeypatch.setattr(api, "IMPLEMENTATIONS", (kernel, *api.IMPLEMENTATIONS))

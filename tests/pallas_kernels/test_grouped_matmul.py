@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from numerics import POISONS, assert_close, normal, poison
+from numerics import POISONS, assert_close, normal, poison, unchecked
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul.reference import MAX_BLOCK, block_size, row_blocks
@@ -43,6 +43,32 @@ def slow_gradients(lhs, rhs, group_sizes, dout):
         drhs[e] = np.asarray(lhs, np.float64)[rows].T @ np.asarray(dout, np.float64)[rows]
         begin += size
     return dlhs, drhs
+
+
+@pytest.mark.parametrize("first", [0, 3, 6])
+def test_groups_of_a_larger_pool(rng, first):
+    """As with the pool's part alone; the rest of the pool is not read and gets gradient 0."""
+    lhs, pool, dout = normal(rng, (32, 7)), normal(rng, (10, 7, 5)), normal(rng, (32, 5))
+    group_sizes, part = jnp.array(SIZES["odd"]), slice(first, first + 4)
+    is_own = (np.arange(10) >= first) & (np.arange(10) < first + 4)
+
+    @jax.jit
+    def run(lhs, pool, first):
+        call = lambda *x: grouped_matmul(*x, group_sizes, first_group=first)  # noqa: E731
+        out, pullback = jax.vjp(call, lhs, pool)
+        return out, *pullback(dout)
+
+    out, dlhs, dpool = run(lhs, poison(pool, ~is_own), first)
+    want, pullback = jax.vjp(lambda *x: grouped_matmul(*x, group_sizes), lhs, pool[part])
+    want_dlhs, want_drhs = pullback(dout)
+    chex.assert_trees_all_equal((out, dlhs, dpool[part]), (want, want_dlhs, want_drhs))
+    assert not dpool[~is_own].any()
+
+
+def test_a_pool_too_small_is_refused(rng):
+    with pytest.raises(ValueError, match="4 group sizes from first_group=7 on for 10 matrices"):
+        sizes = jnp.array(SIZES["odd"])
+        grouped_matmul(normal(rng, (32, 7)), normal(rng, (10, 7, 5)), sizes, first_group=7)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -217,7 +243,7 @@ def test_workloads_have_consistent_shapes(workload):
 )
 def test_bad_input_is_refused(lhs, rhs, group_sizes, message):
     with pytest.raises(ValueError, match=message):
-        grouped_matmul(jnp.zeros(lhs), jnp.zeros(rhs), np.array(group_sizes))
+        unchecked(grouped_matmul)(jnp.zeros(lhs), jnp.zeros(rhs), np.array(group_sizes))
 
 
 def test_missing_kernel_is_refused_with_the_reason():

@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from numerics import assert_close, normal
+from numerics import assert_close, normal, unchecked
 
 from pallas_kernels import flash_attention, merge_attention
 
@@ -86,4 +86,4 @@ def test_result_has_the_dtype_of_out(rng):
 )
 def test_bad_shapes_are_refused(shapes, message):
     with pytest.raises(ValueError, match=message):
-        merge_attention(*(jnp.zeros(shape) for shape in shapes))
+        unchecked(merge_attention)(*(jnp.zeros(shape) for shape in shapes))
