@@ -46,7 +46,7 @@ _HOME = {
     "Block": "layers.block",
     "DeepSeek": "model",
 }
-__all__ = sorted(_HOME)
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from jax_mla.cache import LatentCache, PagedLatentCache

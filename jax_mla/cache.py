@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_mla.config import DeepSeekConfig
@@ -41,7 +42,7 @@ class LatentCache:
         batch: int,
         max_tokens: int,
         *,
-        dtype: str | None = None,
+        dtype: DTypeLike | None = None,
         page_size: int = DEFAULT_PAGE_SIZE,
     ) -> LatentCache:
         """A cache of no tokens.
@@ -86,7 +87,7 @@ class PagedLatentCache:
         *,
         batch: int = 1,
         page_table: Int[Array, "B max_pages"] | np.ndarray | None = None,
-        dtype: str | None = None,
+        dtype: DTypeLike | None = None,
     ) -> PagedLatentCache:
         """A cache of no tokens.
 
@@ -118,7 +119,7 @@ Cache = TypeVar("Cache", LatentCache, PagedLatentCache)
 
 
 def _zero_pages(
-    config: DeepSeekConfig, num_pages: int, page_size: int, dtype: str | None
+    config: DeepSeekConfig, num_pages: int, page_size: int, dtype: DTypeLike | None
 ) -> jax.Array:
     shape = (config.num_hidden_layers, num_pages, page_size, config.cache_row_dim)
     return jnp.zeros(shape, dtype or config.dtype)

@@ -82,6 +82,11 @@ _ALIASES = {
     "num_experts": "n_routed_experts",
     "torch_dtype": "dtype",
 }
+_FLOATS = {
+    "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
+    "rope_theta",
+    "routed_scaling_factor", "rms_norm_eps", "scale_emb", "scale_depth", "initializer_range",
+}  # fmt: skip
 _ROPE_FIELDS = {f.name for f in dataclasses.fields(RopeScaling)} - {"rope_type", "short_factor"}
 
 
@@ -108,11 +113,24 @@ def read(config: Mapping[str, Any]) -> DeepSeekConfig:
     required = {f.name for f in dataclasses.fields(DeepSeekConfig) if f.default is missing}
     optional = {f.name for f in dataclasses.fields(DeepSeekConfig) if f.default is None}
     keep = required | optional
-    fields: dict[str, Any] = {k: v for k, v in values.items() if v is not None or k in keep}
+    fields = _with_floats({k: v for k, v in values.items() if v is not None or k in keep})
     return DeepSeekConfig(**fields)
 
 
+def _with_floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that mean floats as floats: JSON does not tell 40 from 40.0."""
+    out = dict(values)
+    for key in _FLOATS & out.keys():
+        if (value := out[key]) is not None:
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{key} must be a number, got {value!r}")
+            out[key] = float(value)
+    return out
+
+
 def _family(config: Mapping[str, Any]) -> str:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a config must be an object with named values, got {config!r:.60}")
     family = config.get("model_type")
     if family in _WHY_NOT:
         raise ValueError(f"model_type {family!r} is not supported: {_WHY_NOT[family]}")
@@ -176,7 +194,7 @@ def _rope(given: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[float, R
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_scaling must be an object with named values, got {rope!r}")
-    rope = dict(rope)
+    rope = _with_floats(rope)
     theta = float(rope.pop("rope_theta", None) or given.get("rope_theta") or 10000.0)
     rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     if rope_type == "default":

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
@@ -74,10 +75,10 @@ def param_shardings(
 def forward(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     form: Form | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of the next token at every position, float32.
@@ -103,10 +104,10 @@ def _forward(params, config, tokens, positions, segment_ids, form):
 def forward_trace(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     form: Form | None = None,
 ) -> ForwardTrace:
     """`forward` with the hidden states and expert choices of every layer. Arguments as there."""
@@ -125,10 +126,10 @@ def _forward_trace(params, config, tokens, positions, segment_ids, form):
 def prefill(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     cache: Cache,
     *,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array | np.ndarray, " B"] | None = None,
     form: Form | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Appends prompts, or further chunks of them, to a cache.
@@ -163,7 +164,7 @@ def _prefill(params, config, tokens, cache, lengths, *, has_context, form):
 
 
 def decode_step(
-    params: Params, config: DeepSeekConfig, token: Int[Array, "B ..."], cache: Cache
+    params: Params, config: DeepSeekConfig, token: Int[Array | np.ndarray, "B ..."], cache: Cache
 ) -> tuple[Float[Array, "B ... V"], Cache]:
     """Appends one token of every sequence, or T of them, and predicts what follows each.
 

@@ -48,10 +48,10 @@ class _State:
 def generate(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
     max_new_tokens: int,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array | np.ndarray, " B"] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -85,7 +85,7 @@ def generate(
     ends = config.eos_token_id if eos_token_ids is None else eos_token_ids
     eos = tuple(int(i) for i in np.ravel(ends))
     pad = config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
-    if key is None or isinstance(key, int):
+    if key is None or isinstance(key, int | np.integer):
         key = jax.random.key(key or 0)
     options = {} if temperature == 0 else {"temperature": temperature, "top_k": top_k,
                                            "top_p": top_p, "min_p": min_p}  # fmt: skip
