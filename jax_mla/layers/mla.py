@@ -267,7 +267,7 @@ class MLA(nnx.Module):
             return merge_attention(carry[0], carry[1], out, lse)
 
         empty = (
-            jnp.zeros((*q.shape[:3], self.config.v_head_dim), q.dtype),
+            jnp.zeros((*q.shape[:3], self.config.v_head_dim), jnp.float32),
             jnp.full(q.shape[:3], -jnp.inf, jnp.float32),
         )
         num_blocks = -(-jnp.max(cache.lengths) // block)
