@@ -22,15 +22,15 @@ from pathlib import Path
 
 PROMPT, NEW = 128, 128
 BATCHES = (1, 8)
-# DeepSeek-V2-Lite at a quarter of its width, with 8 layers and 16 experts, 4 active. The latent and
-# the size of a head are the published ones; --heads 16 takes their published number too.
+# DeepSeek-V2-Lite at a quarter of its width, with 8 layers and 16 experts, 4 active. Latent, heads
+# and the size of a head are the published ones; --heads 4 makes attention a quarter as wide too.
 SHAPE = dict(
     vocab_size=25600,
     hidden_size=512,
     intermediate_size=2736,
     moe_intermediate_size=352,
     num_hidden_layers=8,
-    num_attention_heads=4,
+    num_attention_heads=16,
     q_lora_rank=None,
     kv_lora_rank=512,
     qk_nope_head_dim=128,
