@@ -16,14 +16,14 @@ demo: .venv/.installed  ## generate text with the bundled model
 	.venv/bin/jax-mla demo
 
 test: .venv/.installed-test  ## the test suite
-	$(FAST_COMPILE) .venv/bin/python -m pytest -q -m "not slow"
+	$(FAST_COMPILE) .venv/bin/python -m pytest -q -m "not slow" -n 2 --dist worksteal
 
 test-kernels:  ## the same suite on the newer jax, with the kernel checks that need it
 	@$(if $(KERNELS_PYTHON),$(MAKE) --no-print-directory run-test-kernels,\
 		echo "make test-kernels: nothing ran, no Python >= 3.12 was found (jax $(KERNELS_JAX) needs one)")
 
 run-test-kernels: .venv-kernels/.installed
-	$(FAST_COMPILE) .venv-kernels/bin/python -m pytest -q -m "not slow"
+	$(FAST_COMPILE) .venv-kernels/bin/python -m pytest -q -m "not slow" -n 2 --dist worksteal
 
 lint: .venv/.installed-dev  ## format, lint, types
 	.venv/bin/ruff format --check .

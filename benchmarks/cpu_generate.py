@@ -150,7 +150,8 @@ def report(versions, threads, timed):
         f"`python benchmarks/cpu_generate.py --torch-python ...` on {datetime.date.today()}; "
         f"{cpu_name()}, {threads} threads; Python {platform.python_version()}, {versions}.",
         f"Float32, prompt {PROMPT}, {NEW} new tokens, random weights and prompts, equal tokens on "
-        "both sides. Median of alternating runs; a run is one `generate`, prefill included.\n",
+        "both sides. Median of the runs listed, taken in turns; a run is one `generate`, with its "
+        "prefill.\n",
         f"Shape: `{json.dumps(SHAPE)}`\n",
         "| batch | transformers tokens/s | jax_mla tokens/s | ratio | seconds of each run |",
         "| --- | --- | --- | --- | --- |",

@@ -173,5 +173,5 @@ def append(
 
 
 def advance(cache: Cache, num_new: Int[Array, " B"]) -> Cache:
-    """Counts the appended rows."""
+    """Counts the rows that `append` was given, whether or not there was room for them."""
     return dataclasses.replace(cache, lengths=cache.lengths + num_new.astype(jnp.int32))

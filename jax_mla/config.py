@@ -121,22 +121,26 @@ class DeepSeekConfig:
                 raise ValueError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 0):
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        for name in _POSITIVE_FLOATS:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}")
+        if not isinstance(self.eos_token_id, tuple):
+            raise ValueError(f"eos_token_id must be a tuple of ids, got {self.eos_token_id!r}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
-        if self.first_k_dense_replace < 0:
-            raise ValueError(
-                f"first_k_dense_replace must be >= 0, got {self.first_k_dense_replace}"
-            )
         if self.num_moe_layers:
             self._check_experts()
 
     def _check_experts(self) -> None:
         experts, active, _ = self.moe_sizes
-        if self.topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
-            raise ValueError(
-                f"topk_method {self.topk_method!r} is not one of "
-                "greedy, group_limited_greedy, noaux_tc"
-            )
         groups, kept = self.n_group or 1, self.topk_group or 1
         if experts % groups:
             raise ValueError(f"n_routed_experts={experts} is not a multiple of n_group={groups}")
@@ -228,6 +232,18 @@ _POSITIVE = (
     "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
     "max_position_embeddings",
 )  # fmt: skip
+_POSITIVE_FLOATS = (
+    "rms_norm_eps", "rope_theta", "routed_scaling_factor", "scale_emb", "scale_depth",
+    "dim_model_base", "initializer_range",
+)  # fmt: skip
+_CHOICES = {
+    "model_type": (
+        "deepseek_v2", "deepseek_v3", "kimi_k2", "youtu", "minicpm3", "glm4_moe_lite",
+    ),
+    "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
+    "scoring_func": ("softmax", "sigmoid"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}  # fmt: skip
 _MAY_BE_NONE = {
     "q_lora_rank", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group",
     "topk_group",

@@ -29,9 +29,14 @@ def _split_abstract(config: DeepSeekConfig):
 
 
 def bind(params: Params, config: DeepSeekConfig) -> DeepSeek:
-    """The module that computes with `params`. Call inside jit; it copies nothing."""
+    """The module that computes with `params`. Call inside jit; it copies nothing.
+
+    Raises:
+      ValueError: the parameters are not those of the config; every difference is listed.
+    """
     graphdef, abstract = _split_abstract(config)
     state = jax.tree.map(lambda leaf: leaf, abstract)
+    inputs.check_params(params, nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
@@ -137,6 +142,7 @@ def prefill(
     Args:
       tokens: right-padded.
       cache: may hold earlier chunks. Not changed; donate it to your own jit to reuse its memory.
+        Under jit its room cannot be checked: rows beyond it are not kept, yet counted.
       lengths: valid tokens of each row; None means all T. A row of length 0 keeps its cache, and
         its logits mean nothing.
       form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one.
@@ -170,7 +176,9 @@ def decode_step(
 
     Args:
       token: Int[B] for one token a sequence, Int[B T] for several (speculative decoding).
-      cache: not changed; donate it to your own jit to reuse its memory.
+      cache: not changed, so it is copied, and its lengths are read back for the checks: in a loop
+        call this from your own jit and donate the cache. Under jit its room cannot be checked:
+        rows beyond it are not kept, yet counted.
 
     Returns:
       Float32 logits with the axes of `token` and V, and the cache.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,6 @@ from jax_mla.cache import DEFAULT_PAGE_SIZE, LatentCache, advance
 from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params, bind
 from jax_mla.sampling import sample
-from pallas_kernels import mla_decode_plan
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +89,12 @@ def generate(
         key = jax.random.key(key or 0)
     options = {} if temperature == 0 else {"temperature": temperature, "top_k": top_k,
                                            "top_p": top_p, "min_p": min_p}  # fmt: skip
-    options = {name: jnp.asarray(value) for name, value in options.items() if value is not None}
+    options = {
+        name: jnp.asarray(value, jnp.int32 if name == "top_k" else jnp.float32)
+        for name, value in options.items()
+        if value is not None
+    }
+    max_new_tokens = int(max_new_tokens)
     prompt_bucket, new_bucket = _bucket(tokens.shape[1]), _bucket(max_new_tokens)
     tokens = jnp.pad(tokens, ((0, 0), (0, prompt_bucket - tokens.shape[1])))
     limit = jnp.asarray(max_new_tokens, jnp.int32)
@@ -129,12 +134,7 @@ def _start(params, config, tokens, lengths, key, options, new_bucket, eos, pad) 
 def _step(params, config, state: _State, key, options, eos, pad) -> _State:
     """Feeds the last token and writes the next one."""
     model = bind(params, config)
-    plan = mla_decode_plan(
-        state.cache.lengths + 1,
-        num_rows=config.num_attention_heads,
-        page_size=state.cache.pages.shape[2],
-    )
-    x, cache = model.decode(state.token[:, None], state.cache, plan=plan)
+    x, cache = model.decode(state.token[:, None], state.cache)
     # A row that has ended keeps its length: its last cache row is rewritten and never counted.
     state = dataclasses.replace(state, cache=advance(cache, state.is_active))
     return _write(state, model.head(x[:, 0]), key, options, eos, pad)
@@ -189,12 +189,14 @@ def _bucket(size: int) -> int:
 
 
 def _check_options(lengths: Any, max_new_tokens, temperature, top_k, top_p, min_p) -> None:
+    if not isinstance(max_new_tokens, int | np.integer):
+        raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
+    if top_k is not None and (top_k < 1 or top_k != int(top_k)):
+        raise ValueError(f"top_k must be an integer of at least 1, got {top_k}")
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, got {value}")

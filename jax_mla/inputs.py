@@ -24,6 +24,7 @@ def concrete(x) -> np.ndarray | None:
 
 def check_tokens(tokens, config: DeepSeekConfig, *, num_axes: tuple[int, ...] = (2,)) -> jax.Array:
     """Token ids as int32, all of them within the vocabulary."""
+    tokens = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
     shape, dtype = np.shape(tokens), jnp.result_type(tokens)
     if len(shape) not in num_axes:
         expected = " or ".join("Int[B T]" if n == 2 else "Int[B]" for n in num_axes)
@@ -39,6 +40,26 @@ def check_tokens(tokens, config: DeepSeekConfig, *, num_axes: tuple[int, ...] = 
                 f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}"
             )
     return jnp.asarray(tokens, jnp.int32)
+
+
+def check_params(params, expected) -> None:
+    """The parameters have the names and shapes that the config asks for."""
+    found, wanted = (
+        {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, expected))
+    )
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not expected" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"the parameters are not those of the config: {'; '.join(problems[:5])}{more}"
+        )
 
 
 def check_same_shape(tokens: jax.Array, **others) -> None:

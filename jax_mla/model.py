@@ -17,7 +17,7 @@ from jax_mla.layers.mla import Form
 from jax_mla.layers.norm import RMSNorm
 from jax_mla.layers.rope import rope_tables
 from jax_mla.layers.weight import weight
-from pallas_kernels import MLADecodePlan
+from pallas_kernels import mla_decode_plan
 
 
 @jax.tree_util.register_dataclass
@@ -105,10 +105,16 @@ class DeepSeek(nnx.Module):
         )
 
     def decode(
-        self, tokens: Int[Array, "B T"], cache: Cache, *, plan: MLADecodePlan | None = None
+        self, tokens: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of T tokens on top of a cache, and the cache with them."""
         tables = self._cached_tables(tokens, cache)
+        num_new = tokens.shape[1]
+        plan = mla_decode_plan(  # once a step, for all layers
+            cache.lengths + num_new,
+            num_rows=num_new * self.config.num_attention_heads,
+            page_size=cache.pages.shape[2],
+        )
         return self._run_cached(
             tokens, cache, lambda mla, x, c, i: mla.decode(x, c, i, tables, plan=plan)
         )

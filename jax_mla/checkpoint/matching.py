@@ -94,7 +94,7 @@ def _scale_problems(folder: CheckpointFolder, name: str, block: tuple[int, int])
 def _multi_token_prediction(
     tensors: dict[str, StoredTensor], config: DeepSeekConfig
 ) -> dict[int, set[str]]:
-    """Tensors of the layers past the last that the config announces or that hold an eh_proj."""
+    """Tensors of the layers past the last that hold an eh_proj, as no ordinary layer does."""
     depth, found = config.num_hidden_layers, defaultdict(set)
     for name in tensors:
         if (layer := _LAYER.match(name)) and int(layer[1]) >= depth:
@@ -102,8 +102,7 @@ def _multi_token_prediction(
     return {
         layer: names
         for layer, names in found.items()
-        if layer < depth + config.num_nextn_predict_layers
-        or f"model.layers.{layer}.eh_proj.weight" in names
+        if f"model.layers.{layer}.eh_proj.weight" in names
     }
 
 

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--min-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="the config's without it")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="the config's without it"
+    )
     parser.add_argument("--stream", action="store_true", help="print text while it is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -32,18 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import jax
 
     import jax_mla
     from jax_mla.cli import parity
 
     golden = None if args.golden is None else _read_golden(args.golden)
     params, config = jax_mla.load(args.folder, dtype="float32")
-    with jax.default_matmul_precision("highest"):
-        if golden is None:
-            rows = parity.against_itself(params, config, args.atol, args.seed)
-        else:
-            rows = parity.against_golden(params, config, golden, args.atol)
+    if golden is None:
+        rows = parity.against_itself(params, config, args.atol, args.seed)
+    else:
+        rows = parity.against_golden(params, config, golden, args.atol)
     first = next((row.tensor for row in rows if not row.is_ok), None)
     if args.json:
         comparisons = [dataclasses.asdict(row) | {"is_ok": row.is_ok} for row in rows]

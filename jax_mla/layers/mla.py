@@ -25,6 +25,21 @@ FLOP_PER_BYTE = 184
 CONTEXT_BLOCK = 512
 
 
+def resolve_form(
+    form: str | None, config: DeepSeekConfig, num_queries: int, num_cached: int
+) -> Form:
+    """`form` itself, or the cheaper one when None.
+
+    Raises:
+      ValueError: there is no form of that name.
+    """
+    if form is None:
+        return choose_form(config, num_queries, num_cached)
+    if form not in ("expanded", "absorbed"):
+        raise ValueError(f"form {form!r} is not one of 'expanded', 'absorbed' or None")
+    return form
+
+
 def choose_form(config: DeepSeekConfig, num_queries: int, num_cached: int) -> Form:
     """The cheaper way to attend `num_queries` new tokens to themselves and `num_cached` older ones.
 
@@ -149,7 +164,7 @@ class MLA(nnx.Module):
         tables = self._tables(x) if tables is None else tables
         q_nope, q_pe = self._queries(x, tables)
         rows = self._rows(x, tables)
-        form = form or choose_form(self.config, x.shape[1], 0)
+        form = resolve_form(form, self.config, x.shape[1], 0)
         out, _ = self._attend_new(q_nope, q_pe, rows, form, segment_ids=segment_ids)
         return self._output(out, form)
 
@@ -193,7 +208,7 @@ class MLA(nnx.Module):
           form: None lets `choose_form` decide.
         """
         num_cached = capacity(cache) - x.shape[1] if has_context else 0
-        form = form or choose_form(self.config, x.shape[1], max(num_cached, 0))
+        form = resolve_form(form, self.config, x.shape[1], max(num_cached, 0))
         q_nope, q_pe = self._queries(x, tables)
         rows = self._rows(x, tables)
         out, lse = self._attend_new(q_nope, q_pe, rows, form, lengths=num_new)

@@ -154,6 +154,12 @@ class MoE(nnx.Module):
         group_sizes = jnp.bincount(expert_of_row, length=num_experts)
         rows = self.experts(tokens[order // active], group_sizes, first_expert)
         by_token = rows[jnp.argsort(order)].reshape(-1, active, x.shape[-1])
-        weights = routing.expert_weight.reshape(-1, active)
-        y = jnp.einsum("MAD,MA->MD", by_token.astype(jnp.float32), weights)
+        y = _combine(by_token, routing.expert_weight.reshape(-1, active))
         return y.astype(x.dtype).reshape(x.shape)
+
+
+@jax.checkpoint  # keeps the outputs in their own dtype for the backward pass, not in float32
+def _combine(by_token: Float[Array, "M A D"], weights: Float[Array, "M A"]) -> Float[Array, "M D"]:
+    """Each token's expert outputs, weighted and added in float32."""
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("MAD,MA->MD", by_token.astype(jnp.float32), weights, precision=highest)

@@ -38,7 +38,14 @@ def next_token_loss(
 
     Args:
       segment_ids: of packed sequences; the step from one segment to the next is not counted.
+
+    Raises:
+      ValueError: rows hold fewer than 2 tokens.
     """
+    if tokens.shape[1] < 2:
+        raise ValueError(
+            f"a loss needs at least 2 tokens a row, got tokens of shape {tokens.shape}"
+        )
     trace = forward_trace(params, config, tokens, segment_ids=segment_ids)
     losses = optax.softmax_cross_entropy_with_integer_labels(trace.logits[:, :-1], tokens[:, 1:])
     is_counted = None if segment_ids is None else segment_ids[:, 1:] == segment_ids[:, :-1]

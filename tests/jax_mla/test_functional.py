@@ -172,6 +172,22 @@ def test_scan_compiles_once_whatever_the_depth(params):
 
 
 BAD = {
+    "form": (
+        lambda p, t, c: jax_mla.forward(p, CONFIG, t, form="absorb"),
+        "form 'absorb' is not one of 'expanded', 'absorbed' or None",
+    ),
+    "other_depth": (
+        lambda p, t, c: jax_mla.forward(p, dataclasses.replace(CONFIG, num_hidden_layers=2), t),
+        r"has shape \(2, .* expected \(1, .* more",
+    ),
+    "cut_embedding": (
+        lambda p, t, c: jax_mla.forward(p | {"embed_tokens": p["embed_tokens"][:100]}, CONFIG, t),
+        r"\['embed_tokens'\] has shape \(100, 192\), expected \(320, 192\)",
+    ),
+    "no_norm": (
+        lambda p, t, c: jax_mla.forward({k: v for k, v in p.items() if k != "norm"}, CONFIG, t),
+        r"\['norm'\]\['weight'\] is missing",
+    ),
     "vocabulary": (
         lambda p, t, c: jax_mla.forward(p, CONFIG, t + 300),
         "outside the vocabulary of 320",

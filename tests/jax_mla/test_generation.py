@@ -160,8 +160,10 @@ def test_works_inside_jit(params, prompts, greedy):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be a number of at least 0, got -1.0"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ({"temperature": float("nan")}, "temperature must be a number of at least 0, got nan"),
+        ({"max_new_tokens": 3.0}, "max_new_tokens must be an integer, got 3.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"min_p": 0.0}, "min_p must be above 0 and at most 1, got 0.0"),
     ],
