@@ -165,8 +165,14 @@ def test_scan_compiles_once_whatever_the_depth(params):
             qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=16)  # fmt: skip
         params = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config))
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        jaxpr = jax.make_jaxpr(lambda p, t: jax_mla.forward(p, config, t))(params, tokens)
-        return str(jaxpr).count("\n")
+        cache = jax.eval_shape(lambda: jax_mla.LatentCache.empty(config, 1, 64))
+        calls = (
+            lambda p, t, c: jax_mla.forward(p, config, t),
+            lambda p, t, c: jax_mla.prefill(p, config, t, c),
+            lambda p, t, c: jax_mla.decode_step(p, config, t, c),
+        )
+        jaxprs = [jax.make_jaxpr(call)(params, tokens, cache) for call in calls]
+        return [str(jaxpr).count(" = ") for jaxpr in jaxprs]
 
     assert program(61) == program(10)
 

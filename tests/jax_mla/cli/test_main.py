@@ -1,8 +1,8 @@
 """The command line as a whole: start-up, errors and exit codes."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,15 @@ RUN = [sys.executable, "-m", "jax_mla"]
 
 
 def test_help_takes_less_than_300_ms():
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([*RUN, "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - start)
-    assert sorted(seconds)[1] < 0.3  # not the fastest; the machine may be busy
+    """Of the processor's time, which does not depend on what else the machine does."""
+
+    def used():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = used()
+    subprocess.run([*RUN, "--help"], check=True, capture_output=True)
+    assert used() - before < 0.3
 
 
 @pytest.mark.parametrize(
