@@ -113,6 +113,9 @@ def read(config: Mapping[str, Any]) -> DeepSeekConfig:
     required = {f.name for f in dataclasses.fields(DeepSeekConfig) if f.default is missing}
     optional = {f.name for f in dataclasses.fields(DeepSeekConfig) if f.default is None}
     keep = required | optional
+    for key in ("tie_word_embeddings", "attention_bias", "norm_topk_prob", "rope_interleave"):
+        if not isinstance(values.get(key), bool | None):
+            raise ValueError(f"{key} must be true or false, got {values[key]!r}")
     fields = _with_floats({k: v for k, v in values.items() if v is not None or k in keep})
     return DeepSeekConfig(**fields)
 
@@ -183,7 +186,7 @@ def _dense_prefix(given: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _as_ids(eos: int | list[int] | None) -> tuple[int, ...]:
-    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     if not all(isinstance(i, int) for i in ids):
         raise ValueError(f"eos_token_id must be a token id or a list of them, got {eos!r}")
     return ids

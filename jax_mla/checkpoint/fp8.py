@@ -25,6 +25,8 @@ def block_of(quantization: Mapping[str, Any] | None) -> tuple[int, int]:
     """The block size in a config.json's `quantization_config`; other schemes are refused."""
     if not quantization:
         return DEFAULT_BLOCK
+    if not isinstance(quantization, Mapping):
+        raise ValueError(f"quantization_config must be an object, got {quantization!r:.60}")
     method, fmt = quantization.get("quant_method"), quantization.get("fmt", "e4m3")
     if (method, fmt) != ("fp8", "e4m3"):
         raise ValueError(
