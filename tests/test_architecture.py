@@ -29,10 +29,10 @@ FLOORS = [
 FLOOR = {part: depth for depth, floor in enumerate(FLOORS) for part in floor}
 SAME_PART = {"config_hf": "config"}
 
-# Ops are called by layers. A decode plan is made once a step and handed down to all layers, so the
-# model passes it on and the generation loop makes it. The doctor asks every op what would run.
-PLAN = {"pallas_kernels.mla_decode_plan", "pallas_kernels.MLADecodePlan"}
-MAY_PLAN = {"jax_mla/model.py", "jax_mla/functional.py", "jax_mla/generation.py"}
+# Ops are called by layers. A decode plan is made once a step for all layers, so the model makes it.
+# The doctor asks every op what would run.
+PLAN = {"pallas_kernels.mla_decode_plan"}
+MAY_PLAN = {"jax_mla/model.py"}
 MAY_ASK_THE_OPS = {"jax_mla/cli/doctor.py"}
 
 PALLAS_KERNELS_NAMES = {

@@ -44,7 +44,8 @@ def save(
 
     Raises:
       FileExistsError: the folder exists and is not empty.
-      ValueError: the parameters are not those of the config; all differences are listed.
+      ValueError: the parameters are not those of the config, all differences are listed; or
+        `load` would refuse the config.
 
     Cost: writes the parameters once; host memory of one shard and one leaf of one layer.
     """
@@ -56,6 +57,7 @@ def save(
     leaves = leaves_of(config)
     arrays = _checked(params, leaves)
     config = dataclasses.replace(config, dtype=arrays[leaves[0].path].dtype.name)
+    DeepSeekConfig.from_hf(config.to_hf())  # what could not be read back is not written
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir()

@@ -1,5 +1,6 @@
 """Saving: the published names and bits, in shards, complete or not at all."""
 
+import dataclasses
 import json
 import os
 import stat
@@ -201,3 +202,11 @@ def test_refuses_empty_shards(golden, tmp_path, max_shard_bytes):
         ValueError, match=f"max_shard_bytes must be at least 1, got {max_shard_bytes}"
     ):
         jax_mla.save(tmp_path, *jax_mla.load(golden / "youtu"), max_shard_bytes=max_shard_bytes)
+
+
+def test_refuses_a_config_that_load_would_refuse(golden, tmp_path):
+    params, config = jax_mla.load(golden / "v3")
+    odd = dataclasses.replace(config, scoring_func="softmax")
+    with pytest.raises(ValueError, match="scoring_func='softmax' is not supported"):
+        jax_mla.save(tmp_path / "out", params, odd)
+    assert not list(tmp_path.iterdir())
