@@ -53,7 +53,7 @@ class LatentCache:
 
         Cost: L * B * max_tokens * (C + R) numbers of memory.
         """
-        _check_positive(batch=batch, max_tokens=max_tokens, page_size=page_size)
+        check_positive(batch=batch, max_tokens=max_tokens, page_size=page_size)
         num_pages = batch * -(-max_tokens // page_size)
         return cls(_zero_pages(config, num_pages, page_size, dtype), jnp.zeros(batch, jnp.int32))
 
@@ -98,19 +98,21 @@ class PagedLatentCache:
           dtype: of the rows; None takes config.dtype.
 
         Raises:
-          ValueError: the pool has fewer pages than sequences.
+          ValueError: the pool has fewer pages than sequences, a size is not positive, or the page
+            table is not [B, max_pages] of integers.
         """
-        _check_positive(num_pages=num_pages, page_size=page_size, batch=batch)
+        check_positive(num_pages=num_pages, page_size=page_size, batch=batch)
         if page_table is None:
             if num_pages < batch:
                 raise ValueError(f"num_pages={num_pages} cannot give each of batch={batch} a page")
             each = num_pages // batch
             page_table = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
+        shape, kind = np.shape(page_table), jnp.result_type(page_table)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"page_table must have 2 axes [B, max_pages], got shape {shape}")
+        if not jnp.issubdtype(kind, jnp.integer):
+            raise ValueError(f"page_table must hold integers, got dtype {kind}")
         page_table = jnp.asarray(page_table, jnp.int32)
-        if page_table.ndim != 2:
-            raise ValueError(
-                f"page_table must have 2 axes [B, max_pages], got shape {page_table.shape}"
-            )
         lengths = jnp.zeros(page_table.shape[0], jnp.int32)
         return cls(_zero_pages(config, num_pages, page_size, dtype), lengths, page_table)
 
@@ -125,10 +127,10 @@ def _zero_pages(
     return jnp.zeros(shape, dtype or config.dtype)
 
 
-def _check_positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        if not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
 def capacity(cache: LatentCache | PagedLatentCache) -> int:

@@ -16,6 +16,10 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies were stretched for long contexts; the keys of `rope_scaling`.
@@ -37,6 +41,18 @@ class RopeScaling:
     attention_factor: float | None = None
     truncate: bool = True
     short_factor: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"rope scaling: {name} must be a number above 0, got {value!r}")
+        original = self.original_max_position_embeddings
+        if type(original) is not int or original < 1:
+            raise ValueError(
+                "rope scaling: original_max_position_embeddings must be an integer of at least 1, "
+                f"got {original!r}"
+            )
 
     @property
     def cos_sin_factor(self) -> float:
@@ -127,7 +143,7 @@ class DeepSeekConfig:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
         for name in _POSITIVE_FLOATS:
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
@@ -220,7 +236,12 @@ class DeepSeekConfig:
         return read(config)
 
     def to_hf(self) -> dict[str, Any]:
-        """The dict to write as config.json; `from_hf` reads it back to an equal config."""
+        """The dict to write as config.json.
+
+        `from_hf` reads it back to an equal config, with two exceptions: no expert groups come back
+        as one group, and fields that a family fixes (deepseek_v2: norm_topk_prob=False) as fixed;
+        `save` refuses the latter.
+        """
         from jax_mla.config_hf import write
 
         return write(self)

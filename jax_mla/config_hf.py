@@ -204,7 +204,10 @@ def _rope(given: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[float, R
         return theta, None
     longest = values.get("max_position_embeddings") or DeepSeekConfig.max_position_embeddings
     key = "original_max_position_embeddings"
-    original = int(given.get(key) or rope.get(key) or longest)
+    original = given.get(key) or rope.get(key) or longest
+    if type(original) not in (int, float) or original < 1 or original != int(original):
+        raise ValueError(f"{key} must be an integer of at least 1, got {original!r}")
+    original = int(original)
     scaling: dict[str, Any] = {k: v for k, v in rope.items() if k in _ROPE_FIELDS and v is not None}
     scaling[key] = original
     if rope_type == "yarn":

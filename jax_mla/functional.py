@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jax_mla import inputs
-from jax_mla.cache import Cache, advance
+from jax_mla.cache import Cache, advance, capacity
 from jax_mla.config import DeepSeekConfig
-from jax_mla.layers.mla import Form
+from jax_mla.layers.mla import Form, resolve_form
 from jax_mla.model import DeepSeek, ForwardTrace
 from jax_mla.sharding import ShardingRules
 
@@ -95,6 +95,10 @@ def forward(
 
     Raises:
       ValueError: a token id is outside the vocabulary, or shapes disagree.
+
+    Cost: 2 operations a token and active parameter, and attention's; logits of B * T * V float32
+    numbers. Holds a copy of one layer's weights at a time, all experts included: up to 23 GB for
+    V3 in bfloat16, divided by the devices that share the experts. `prefill` copies no experts.
     """
     tokens = inputs.check_tokens(tokens, config)
     inputs.check_same_shape(tokens, positions=positions, segment_ids=segment_ids)
@@ -145,7 +149,8 @@ def prefill(
         Under jit its room cannot be checked: rows beyond it are not kept, yet counted.
       lengths: valid tokens of each row; None means all T. A row of length 0 keeps its cache, and
         its logits mean nothing.
-      form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one.
+      form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one for the
+        longest cached sequence, or for a full cache where lengths are traced.
 
     Returns:
       Float32 logits of the token after each row's last valid one, and the cache.
@@ -157,7 +162,8 @@ def prefill(
     tokens = inputs.check_tokens(tokens, config)
     lengths = inputs.check_lengths(lengths, tokens)
     inputs.check_cache(cache, config, lengths)
-    has_context = not inputs.is_known_empty(cache)
+    has_context = inputs.longest(cache) != 0
+    form = _form(form, config, tokens.shape[1], cache)
     return _prefill(params, config, tokens, cache, lengths, has_context=has_context, form=form)
 
 
@@ -169,8 +175,20 @@ def _prefill(params, config, tokens, cache, lengths, *, has_context, form):
     return model.head(jnp.take_along_axis(x, last, axis=1)[:, 0]), advance(cache, lengths)
 
 
+def _form(form: Form | None, config: DeepSeekConfig, num_queries: int, cache: Cache) -> Form:
+    cached = inputs.longest(cache)
+    if cached is None:
+        cached = max(capacity(cache) - num_queries, 0)
+    return resolve_form(form, config, num_queries, cached)
+
+
 def decode_step(
-    params: Params, config: DeepSeekConfig, token: Int[Array | np.ndarray, "B ..."], cache: Cache
+    params: Params,
+    config: DeepSeekConfig,
+    token: Int[Array | np.ndarray, "B ..."],
+    cache: Cache,
+    *,
+    form: Form | None = None,
 ) -> tuple[Float[Array, "B ... V"], Cache]:
     """Appends one token of every sequence, or T of them, and predicts what follows each.
 
@@ -179,6 +197,7 @@ def decode_step(
       cache: not changed, so it is copied, and its lengths are read back for the checks: in a loop
         call this from your own jit and donate the cache. Under jit its room cannot be checked:
         rows beyond it are not kept, yet counted.
+      form: as in `prefill`; one token a sequence is absorbed unless "expanded" is asked for.
 
     Returns:
       Float32 logits with the axes of `token` and V, and the cache.
@@ -187,16 +206,19 @@ def decode_step(
       ValueError: as `prefill`.
     """
     token = inputs.check_tokens(token, config, num_axes=(1, 2))
-    inputs.check_cache(
-        cache, config, token.shape[1] if token.ndim == 2 else 1, batch=token.shape[0]
-    )
-    return _decode_step(params, config, token, cache)
+    num_new = token.shape[1] if token.ndim == 2 else 1
+    inputs.check_cache(cache, config, num_new, batch=token.shape[0])
+    form = "absorbed" if form is None and num_new == 1 else _form(form, config, num_new, cache)
+    return _decode_step(params, config, token, cache, form=form)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _decode_step(params, config, token, cache):
+@functools.partial(jax.jit, static_argnames=("config", "form"))
+def _decode_step(params, config, token, cache, *, form):
     model = bind(params, config)
     tokens = token.reshape(token.shape[0], -1)
-    x, cache = model.decode(tokens, cache)
-    logits = model.head(x).reshape(*token.shape, -1)
-    return logits, advance(cache, jnp.full(token.shape[0], tokens.shape[1], jnp.int32))
+    num_new = jnp.full(token.shape[0], tokens.shape[1], jnp.int32)
+    if form == "absorbed":
+        x, cache = model.decode(tokens, cache)
+    else:
+        x, cache = model.prefill(tokens, cache, num_new=num_new, form=form)
+    return model.head(x).reshape(*token.shape, -1), advance(cache, num_new)

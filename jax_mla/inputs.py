@@ -39,7 +39,12 @@ def check_tokens(tokens, config: DeepSeekConfig, *, num_axes: tuple[int, ...] = 
             raise ValueError(
                 f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}"
             )
-    return jnp.asarray(tokens, jnp.int32)
+    return _as_int32(tokens)
+
+
+def _as_int32(x) -> jax.Array:
+    """Converted on the host where x is there: on a device each shape would compile a program."""
+    return jnp.asarray(x.astype(np.int32) if isinstance(x, np.ndarray) else x, jnp.int32)
 
 
 def check_params(params, expected) -> None:
@@ -72,7 +77,7 @@ def check_lengths(lengths, tokens: jax.Array) -> jax.Array:
     """Valid tokens of each row; all of them when None."""
     batch, num_tokens = tokens.shape
     if lengths is None:
-        return jnp.full(batch, num_tokens, jnp.int32)
+        return jnp.asarray(np.full(batch, num_tokens, np.int32))
     if np.shape(lengths) != (batch,):
         raise ValueError(
             f"lengths have shape {np.shape(lengths)}, tokens {tokens.shape} need ({batch},)"
@@ -85,7 +90,7 @@ def check_lengths(lengths, tokens: jax.Array) -> jax.Array:
             raise ValueError(
                 f"length {outside[0]} is not between 0 and the {num_tokens} tokens given"
             )
-    return jnp.asarray(lengths, jnp.int32)
+    return _as_int32(lengths)
 
 
 def check_cache(
@@ -119,9 +124,10 @@ def check_cache(
         )
 
 
-def is_known_empty(cache: LatentCache | PagedLatentCache) -> bool:
+def longest(cache: LatentCache | PagedLatentCache) -> int | None:
+    """Tokens of the longest sequence in the cache, or None where they cannot be seen."""
     lengths = concrete(cache.lengths)
-    return lengths is not None and not lengths.any()
+    return None if lengths is None else int(lengths.max())
 
 
 def check_divides(path, shape, logical_axes, spec, mesh) -> None:

@@ -45,7 +45,7 @@ def save(
     Raises:
       FileExistsError: the folder exists and is not empty.
       ValueError: the parameters are not those of the config, all differences are listed; or
-        `load` would refuse the config.
+        `load` would refuse the config or read another one.
 
     Cost: writes the parameters once; host memory of one shard and one leaf of one layer.
     """
@@ -57,7 +57,7 @@ def save(
     leaves = leaves_of(config)
     arrays = _checked(params, leaves)
     config = dataclasses.replace(config, dtype=arrays[leaves[0].path].dtype.name)
-    DeepSeekConfig.from_hf(config.to_hf())  # what could not be read back is not written
+    _check_readable(config)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir()
@@ -71,6 +71,19 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _flush(target.parent)
+
+
+def _check_readable(config: DeepSeekConfig) -> None:
+    """Its config.json means this config, and not another one of its family."""
+    read = DeepSeekConfig.from_hf(config.to_hf())
+    for field in dataclasses.fields(config):
+        wanted, found = getattr(config, field.name), getattr(read, field.name)
+        is_group = field.name in ("n_group", "topk_group")
+        if found != wanted and not (is_group and wanted is None and found == 1):
+            raise ValueError(
+                f"{config.model_type} cannot be saved with {field.name}={wanted!r}, "
+                f"its readers take {found!r}"
+            )
 
 
 def _checked(params: Mapping[str, Any], leaves: tuple[Leaf, ...]) -> dict[tuple[str, ...], Any]:

@@ -46,9 +46,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=jax_mla.__version__)
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it arose")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # A prompt may be the name of a command, too: only the first word that is no option is one.
+    chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
-        if name in argv:
+        if name == chosen:
             importlib.import_module(f"jax_mla.cli.{name}").add_arguments(command)
     return parser
 

@@ -6,9 +6,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from jax_mla.cache import check_positive
 from jax_mla.layers.rope import rope_tables, rotate
 from jax_mla.layers.weight import project, weight
 from pallas_kernels import flash_attention, merge_attention
@@ -33,6 +36,14 @@ class KeyValueCache:
         *,
         dtype: str = "float32",
     ) -> KeyValueCache:
+        """A cache of no tokens.
+
+        Raises:
+          ValueError: a size is not positive.
+        """
+        check_positive(
+            batch=batch, max_tokens=max_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim
+        )
         shape = (batch, max_tokens, num_kv_heads, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
@@ -90,8 +101,19 @@ class GroupedQueryAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Attends T new tokens to the cache and to themselves, and appends them.
 
-        Tokens beyond the cache's capacity are not kept.
+        Under jit the cache's room cannot be checked: tokens beyond it are not kept, yet counted.
+
+        Raises:
+          ValueError: the batches differ, or the tokens do not fit into the cache.
         """
+        batch, max_tokens = cache.keys.shape[:2]
+        if x.shape[0] != batch:
+            raise ValueError(f"the cache holds {batch} sequences, x has {x.shape[0]}")
+        if not isinstance(cache.lengths, Tracer) and cache.lengths.is_fully_addressable:
+            if (needed := int(np.max(cache.lengths)) + x.shape[1]) > max_tokens:
+                raise ValueError(
+                    f"a sequence would hold {needed} tokens, the cache has room for {max_tokens}"
+                )
         positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         q, k, v = self._project(x, positions)
         new = flash_attention(q, k, v, return_lse=True)
@@ -100,10 +122,10 @@ class GroupedQueryAttention(nnx.Module):
             causal=False, lengths=cache.lengths, return_lse=True,
         )  # fmt: skip
         out, _ = merge_attention(*old, *new)
-        batch = jnp.arange(x.shape[0])[:, None]
+        row = jnp.arange(batch)[:, None]
         cache = KeyValueCache(
-            cache.keys.at[batch, positions].set(k.astype(cache.keys.dtype), mode="drop"),
-            cache.values.at[batch, positions].set(v.astype(cache.values.dtype), mode="drop"),
+            cache.keys.at[row, positions].set(k.astype(cache.keys.dtype), mode="drop"),
+            cache.values.at[row, positions].set(v.astype(cache.values.dtype), mode="drop"),
             cache.lengths + x.shape[1],
         )
         return project("BTNH,NHD->BTD", out.astype(x.dtype), self.o_proj[...]), cache

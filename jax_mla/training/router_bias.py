@@ -23,10 +23,17 @@ def update_router_bias(params: Params, load: Int[Array, "L E"], rate: float) -> 
       load: from `NextTokenLoss`, of the batch just seen.
       rate: 0.001 for DeepSeek-V3.
 
+    Raises:
+      ValueError: the model has no router bias, or `load` is not of its shape.
+
     Source: Wang et al., arXiv 2408.15664.
     """
-    moe = params["moe_layers"]
-    bias = moe["mlp"]["e_score_correction_bias"]
+    moe = params.get("moe_layers", {})
+    bias = moe.get("mlp", {}).get("e_score_correction_bias")
+    if bias is None:
+        raise ValueError("these parameters have no e_score_correction_bias to update")
+    if load.shape != bias.shape:
+        raise ValueError(f"load has shape {load.shape}, the router bias {bias.shape}")
     off = load.mean(axis=-1, keepdims=True, dtype=jnp.float32) - load
     mlp = moe["mlp"] | {"e_score_correction_bias": bias + rate * jnp.sign(off)}
     return params | {"moe_layers": moe | {"mlp": mlp}}

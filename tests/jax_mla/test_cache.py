@@ -76,15 +76,25 @@ def test_sizes():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jax_mla.LatentCache.empty(CONFIG, 0, 8), "batch must be at least 1, got 0"),
-        (lambda: jax_mla.LatentCache.empty(CONFIG, 2, -1), "max_tokens must be at least 1, got -1"),
+        (
+            lambda: jax_mla.LatentCache.empty(CONFIG, 0, 8),
+            "batch must be an integer of at least 1, got 0",
+        ),
+        (
+            lambda: jax_mla.LatentCache.empty(CONFIG, 2, -1),
+            "max_tokens must be an integer of at least 1, got -1",
+        ),
         (lambda: jax_mla.PagedLatentCache.empty(CONFIG, 2, batch=3), "num_pages=2 .* batch=3"),
         (
             lambda: jax_mla.PagedLatentCache.empty(CONFIG, 2, page_table=np.zeros(3)),
             r"2 axes .* got shape \(3,\)",
         ),
+        (
+            lambda: jax_mla.PagedLatentCache.empty(CONFIG, 2, page_table=np.zeros((1, 2))),
+            "must hold integers, got dtype float",
+        ),
     ],
-    ids=["batch", "max_tokens", "num_pages", "page_table"],
+    ids=["batch", "max_tokens", "num_pages", "page_table", "floats"],
 )
 def test_bad_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -148,6 +148,11 @@ V3 = {"model_type": "deepseek_v3"}
         (V3 | {"rope_parameters": [1]}, r"must be an object with named values, got \[1\]"),
         (V3 | {"rms_norm_eps": "small"}, "rms_norm_eps must be a number, got 'small'"),
         (V3 | {"rope_scaling": YARN | {"type": "yarn", "factor": "x"}}, "factor must be a number"),
+        (V3 | {"rope_scaling": YARN | {"type": "yarn", "factor": 0}}, "factor must be .* above 0"),
+        (
+            V3 | {"rope_scaling": YARN | {"type": "yarn", "original_max_position_embeddings": "x"}},
+            "original_max_position_embeddings must be an integer of at least 1, got 'x'",
+        ),
         ([V3], "a config must be an object with named values"),
         (V3 | {"mlp_layer_types": 5}, "mlp_layer_types must be a list"),
         (V3 | {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type 'dynamic' is not"),

@@ -10,6 +10,8 @@ import pytest
 from numerics import POISONS, assert_close
 
 import jax_mla
+from jax_mla import functional
+from jax_mla.layers.mla import choose_form
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.1, num_hidden_layers=3)
 
@@ -65,12 +67,36 @@ def test_chunked_ragged_prefill_then_decode(kind, form, params, tokens, logits):
         total = total + 1
 
 
-def test_several_tokens_in_one_decode_step(params, tokens, logits):
+@pytest.mark.parametrize("form", [None, "expanded", "absorbed"])
+def test_several_tokens_in_one_decode_step(form, params, tokens, logits):
     _, cache = jax_mla.prefill(params, CONFIG, tokens[:, :20], paged())
-    got, cache = jax_mla.decode_step(params, CONFIG, tokens[:, 20:24], cache)
+    got, cache = jax_mla.decode_step(params, CONFIG, tokens[:, 20:24], cache, form=form)
     assert got.shape == (3, 4, CONFIG.vocab_size)
     assert_close(got, logits[:, 20:24], "float32")
     assert cache.lengths.tolist() == [24, 24, 24]
+
+
+@pytest.mark.parametrize(
+    ("call", "num_cached", "num_new", "form"),
+    [
+        ("decode_step", 0, 1, "absorbed"),
+        ("decode_step", 2, 35, "absorbed"),
+        ("decode_step", 20, 35, "expanded"),
+        ("prefill", 2, 35, "absorbed"),
+        ("prefill", 20, 35, "expanded"),
+        ("prefill", 20, 1, "absorbed"),
+    ],
+)
+def test_the_form_is_chosen_by_what_is_cached(call, num_cached, num_new, form, monkeypatch):
+    # Sizes of which both forms cost the same for about 35 new tokens.
+    config = dataclasses.replace(CONFIG, kv_lora_rank=256, qk_nope_head_dim=16, v_head_dim=16)
+    assert form == choose_form(config, num_new, num_cached)
+    chosen = []
+    monkeypatch.setattr(functional, f"_{call}", lambda *_, form, **__: chosen.append(form))
+    cache = jax_mla.LatentCache.empty(config, 3, 64)
+    cache = dataclasses.replace(cache, lengths=jnp.asarray([0, num_cached, 0]))
+    getattr(jax_mla, call)({}, config, np.zeros((3, num_new), int), cache)
+    assert chosen == [form]
 
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])

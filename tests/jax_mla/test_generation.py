@@ -113,37 +113,51 @@ def test_tiny_temperature_is_greedy(params, prompts, greedy):
     np.testing.assert_array_equal(out.tokens, greedy)
 
 
-def test_one_compilation_a_bucket(params, monkeypatch):
-    traces = {"start": 0, "loop": 0}
+@pytest.fixture
+def compiled():
+    """The programs that XLA was asked to compile since the test began."""
+    seen, event = [], "/jax/core/compile/backend_compile_duration"
 
-    def counted(name, function):
-        def run(*args, **kwargs):
-            traces[name] += 1
-            return function(*args, **kwargs)
+    def listen(name, _, **kwargs):
+        if name == event:
+            seen.append(kwargs.get("fun_name", "?"))
 
-        return run
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
 
-    config = dataclasses.replace(
-        CONFIG, pad_token_id=7
-    )  # of its own, so that nothing is compiled yet
-    monkeypatch.setattr(generation, "_write", counted("start", generation._write))
-    monkeypatch.setattr(generation, "_step", counted("loop", generation._step))
-    rng = np.random.default_rng(0)
-    for length, steps in ((3, 5), (17, 9), (64, 64), (40, 1)):
-        jax_mla.generate(
-            params,
-            config,
-            rng.integers(0, 256, (2, length)),
-            max_new_tokens=steps,
-            eos_token_ids=(),
+
+@pytest.mark.parametrize("stream", [None, lambda tokens: None], ids=["loop", "stream"])
+def test_one_trace_a_bucket(stream, params, monkeypatch, compiled):
+    chex.clear_trace_counter()
+    for name in ("_start", "_loop", "_step_on_host"):
+        once = chex.assert_max_traces(getattr(generation, name).__wrapped__, n=1)
+        static = {"_start": (*generation._STATIC, "new_bucket")}.get(name, generation._STATIC)
+        monkeypatch.setattr(generation, name, jax.jit(once, static_argnames=static))
+
+    def run(length, steps, seed):
+        tokens = np.random.default_rng(seed).integers(0, 256, (2, length))
+        options = {"temperature": 0.5 + seed / 10, "key": seed, "stream": stream}
+        return jax_mla.generate(
+            params, CONFIG, tokens, max_new_tokens=steps, eos_token_ids=(), **options
         )
-    # `_write` is traced by the prefill and, once more, within the loop's step.
-    assert traces["loop"] <= 2 and traces["start"] <= 1 + traces["loop"]
-    before = dict(traces)
-    jax_mla.generate(
-        params, config, rng.integers(0, 256, (2, 65)), max_new_tokens=4, eos_token_ids=()
-    )
-    assert traces["loop"] > before["loop"]
+
+    run(3, 5, 0)
+    assert compiled
+    compiled.clear()
+    for seed, (length, steps) in enumerate([(17, 9), (64, 64), (40, 1)]):
+        run(length, steps, seed)
+    assert compiled == []  # nor any small program around them
+    with pytest.raises(AssertionError, match="traced > 1 times"):
+        run(65, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [(1, 64), (64, 64), (65, 128), (256, 256), (257, 320), (513, 640), (4097, 5120), (8192, 8192)],
+)
+def test_buckets(size, bucket):
+    assert generation._bucket(size) == bucket
 
 
 def test_works_inside_jit(params, prompts, greedy):

@@ -210,3 +210,11 @@ def test_refuses_a_config_that_load_would_refuse(golden, tmp_path):
     with pytest.raises(ValueError, match="scoring_func='softmax' is not supported"):
         jax_mla.save(tmp_path / "out", params, odd)
     assert not list(tmp_path.iterdir())
+
+
+def test_refuses_a_config_that_would_be_read_as_another(golden, tmp_path):
+    params, config = jax_mla.load(golden / "v2_lite")
+    odd = dataclasses.replace(config, norm_topk_prob=True)
+    with pytest.raises(ValueError, match="norm_topk_prob=True, its readers take False"):
+        jax_mla.save(tmp_path / "out", params, odd)
+    assert not list(tmp_path.iterdir())

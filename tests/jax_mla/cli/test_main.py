@@ -68,6 +68,16 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_a_prompt_may_be_the_name_of_a_command(monkeypatch, capsys):
+    imported = []
+    load = command_line.importlib.import_module
+    monkeypatch.setattr(
+        command_line.importlib, "import_module", lambda name: imported.append(name) or load(name)
+    )
+    assert main(["generate", "--model", "no/such/folder", "--prompt", "doctor"]) == 2
+    assert "jax_mla.cli.generate" in imported and "jax_mla.cli.doctor" not in imported
+
+
 def test_traceback_on_request():
     with pytest.raises(FileNotFoundError, match="no/such/folder"):
         main(["--traceback", "inspect", "no/such/folder"])

@@ -56,6 +56,24 @@ def test_whole_sequence_and_cached_steps(kv_heads, rng):
     assert cache.lengths.tolist() == [11, 11]
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda gqa, x, c: gqa.extend(x[:1], c), "the cache holds 2 sequences, x has 1"),
+        (lambda gqa, x, c: gqa.extend(x, c), "would hold 11 tokens, the cache has room for 8"),
+        (
+            lambda gqa, x, c: jax_mla.KeyValueCache.empty(2, 0, 2, K),
+            "max_tokens must be an integer of at least 1, got 0",
+        ),
+    ],
+    ids=["batch", "room", "size"],
+)
+def test_what_does_not_fit_is_refused(call, message, rng):
+    cache = jax_mla.KeyValueCache.empty(2, 8, 2, K)
+    with pytest.raises(ValueError, match=message):
+        call(layer(2), normal(rng, (2, 11, D)), cache)
+
+
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="num_kv_heads=4 does not divide num_heads=6"):
         layer(4)

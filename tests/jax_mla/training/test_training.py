@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from numerics import assert_close
 
 import jax_mla
@@ -47,6 +48,21 @@ def test_bias_moves_against_the_load():
     assert bias.tolist() == [[-0.5, 0.5, 0, 0, 0, 0, 0, 0]]
     before = jax.tree.leaves(params["dense_layers"])
     assert all(a is b for a, b in zip(before, jax.tree.leaves(new["dense_layers"]), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("without", "load", "message"),
+    [
+        ("moe_layers", (1, 8), "no e_score_correction_bias to update"),
+        ("", (1, 7), r"load has shape \(1, 7\), the router bias \(1, 8\)"),
+    ],
+    ids=["dense", "shape"],
+)
+def test_a_bias_that_is_not_there_is_refused(without, load, message):
+    params = jax_mla.init(jax.random.key(0), CONFIG)
+    params = {key: value for key, value in params.items() if key != without}
+    with pytest.raises(ValueError, match=message):
+        update_router_bias(params, jnp.zeros(load, jnp.int32), 0.5)
 
 
 def test_bias_has_no_gradient():
