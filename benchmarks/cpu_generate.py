@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -150,14 +149,14 @@ def report(versions, threads, timed):
         f"`python benchmarks/cpu_generate.py --torch-python ...` on {datetime.date.today()}; "
         f"{cpu_name()}, {threads} threads; Python {platform.python_version()}, {versions}.",
         f"Float32, prompt {PROMPT}, {NEW} new tokens, random weights and prompts, equal tokens on "
-        "both sides. Median of the runs listed, taken in turns; a run is one `generate`, with its "
-        "prefill.\n",
+        "both sides. The shortest of the runs listed, taken in turns; other work on the machine only "
+        "adds to a run, which is one `generate`, with its prefill.\n",
         f"Shape: `{json.dumps(SHAPE)}`\n",
         "| batch | transformers tokens/s | jax_mla tokens/s | ratio | seconds of each run |",
         "| --- | --- | --- | --- | --- |",
     ]
     for batch, seconds in timed.items():
-        speed = {side: batch * NEW / statistics.median(seconds[side]) for side in seconds}
+        speed = {side: batch * NEW / min(seconds[side]) for side in seconds}
         theirs, ours = speed["torch"], speed.get("jax", float("nan"))
         runs = "; ".join(f"{side} {[round(s, 2) for s in seconds[side]]}" for side in seconds)
         lines.append(f"| {batch} | {theirs:.1f} | {ours:.1f} | {ours / theirs:.2f} | {runs} |")
