@@ -10,7 +10,7 @@ KERNELS_PYTHON ?= $(shell for p in $(PYTHON) python3.13 python3.12 \
 FAST_COMPILE := XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)"
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-kernels run-test-kernels lint clean
+.PHONY: demo test test-slow test-kernels run-test-kernels lint clean
 
 demo: .venv/.installed  ## generate text with the bundled model
 	.venv/bin/jax-mla demo
@@ -18,7 +18,11 @@ demo: .venv/.installed  ## generate text with the bundled model
 test: .venv/.installed-test  ## the test suite
 	$(FAST_COMPILE) .venv/bin/python -m pytest -q -m "not slow" -n 2 --dist worksteal
 
-test-kernels:  ## the same suite on the newer jax, with the kernel checks that need it
+test-slow: .venv/.installed-test  ## what `test` leaves out, and golden logits with XLA's optimiser on
+	$(FAST_COMPILE) .venv/bin/python -m pytest -q -m slow -n 2 --dist worksteal
+	.venv/bin/python -m pytest -q tests/jax_mla/test_golden.py -n 2 --dist worksteal
+
+test-kernels:  ## the same suite on the newer jax, with kernels simulated and compiled for sm_90a
 	@$(if $(KERNELS_PYTHON),$(MAKE) --no-print-directory run-test-kernels,\
 		echo "make test-kernels: nothing ran, no Python >= 3.12 was found (jax $(KERNELS_JAX) needs one)")
 
@@ -45,5 +49,6 @@ clean:  ## remove the environments
 
 .venv-kernels/.installed: pyproject.toml
 	$(KERNELS_PYTHON) -m venv .venv-kernels
-	.venv-kernels/bin/python $(PIP) --editable '.[test]' jax==$(KERNELS_JAX)
+	.venv-kernels/bin/python $(PIP) --editable '.[test,aot]' \
+		jax==$(KERNELS_JAX) jax-cuda13-plugin==$(KERNELS_JAX) jax-cuda13-pjrt==$(KERNELS_JAX)
 	touch $@

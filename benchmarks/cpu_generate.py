@@ -149,8 +149,8 @@ def report(versions, threads, timed):
         f"`python benchmarks/cpu_generate.py --torch-python ...` on {datetime.date.today()}; "
         f"{cpu_name()}, {threads} threads; Python {platform.python_version()}, {versions}.",
         f"Float32, prompt {PROMPT}, {NEW} new tokens, random weights and prompts, equal tokens on "
-        "both sides. The shortest of the runs listed, taken in turns; other work on the machine only "
-        "adds to a run, which is one `generate`, with its prefill.\n",
+        "both sides. The shortest of the runs listed, taken in turns; other work on the machine "
+        "only adds to a run, which is one `generate`, with its prefill.\n",
         f"Shape: `{json.dumps(SHAPE)}`\n",
         "| batch | transformers tokens/s | jax_mla tokens/s | ratio | seconds of each run |",
         "| --- | --- | --- | --- | --- |",

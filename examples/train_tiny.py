@@ -5,16 +5,13 @@ python examples/train_tiny.py --text train.txt --steps 2200 --batch 12 --length 
 """
 
 import argparse
-import functools
 import pathlib
-import time
 
 import jax
 import numpy as np
-import optax
 
 import jax_mla
-from jax_mla.training import next_token_loss, update_router_bias
+from jax_mla.training import Precision, Recipe, TokenRows, next_token_loss, train
 
 HELD_OUT = pathlib.Path(jax_mla.__file__).parent / "demo" / "held_out.txt"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -31,46 +28,40 @@ args, config = parser.parse_args(), jax_mla.tiny()
 def read(path):
     """Every paragraph between its two marks, as one long run of byte ids."""
     begin, (end, *_) = config.bos_token_id, config.eos_token_id
-    return np.concatenate([[begin, *text, end] for text in path.read_bytes().split(b"\n\n")])
+    paragraphs = path.read_bytes().split(b"\n\n")
+    return np.concatenate([[begin, *text, end] for text in paragraphs]).astype(np.uint16)
 
 
-def windows(ids, starts):
-    return ids[starts[:, None] + np.arange(args.length)[None, :]].astype(np.int32)
+def rows(ids, batch_rows):
+    options = {"row_tokens": args.length, "vocab_size": config.vocab_size, "seed": args.seed}
+    return TokenRows([ids], batch_rows=batch_rows, **options)
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def train_step(params, state, tokens):
-    def loss_of(params):
-        result = next_token_loss(params, config, tokens)
-        return result.loss, result.load
-
-    (loss, load), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-    updates, state = optimizer.update(gradients, state, params)
-    return update_router_bias(optax.apply_updates(params, updates), load, 0.001), state, loss
+def show(report):
+    if (report.step - 1) % max(args.steps // 60, 1) == 0 or report.step == args.steps:
+        bits, speed = report.loss / np.log(2), report.tokens_per_second
+        print(f"step {report.step:5d}  {bits:.3f} bits/byte  {speed:.0f} tokens/s", flush=True)
 
 
 def narrow(path, x):  # the router's bias stays float32, as in published checkpoints
     return x if path[-1].key == "e_score_correction_bias" else x.astype("bfloat16")
 
 
-peak, warmup = args.learning_rate, max(args.steps // 20, 1)
-schedule = optax.warmup_cosine_decay_schedule(0, peak, warmup, args.steps, 1e-5)
-adam = optax.adamw(schedule, b2=0.98, weight_decay=0.01)
-optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam)
-train, test, rng = read(args.text), read(HELD_OUT), np.random.default_rng(args.seed)
-params = jax_mla.init(jax.random.key(args.seed), config)
-state, began = optimizer.init(params), time.time()
-for step in range(args.steps):
-    tokens = windows(train, rng.integers(len(train) - args.length, size=args.batch))
-    params, state, loss = train_step(params, state, tokens)
-    if step % max(args.steps // 60, 1) == 0 or step == args.steps - 1:
-        rate = (step + 1) * tokens.size / (time.time() - began)
-        print(f"step {step:5d}  {loss / np.log(2):.3f} bits/byte  {rate:.0f} tokens/s", flush=True)
-bits = jax.jit(lambda params, tokens: next_token_loss(params, config, tokens).loss / np.log(2))
-starts = np.arange(0, len(test) - args.length, args.length)
-starts = starts[: len(starts) // 12 * 12].reshape(-1, 12)
-held_out = np.mean([bits(params, windows(test, some)) for some in starts])
-print(f"held out: {held_out:.4f} bits/byte over {starts.size} windows of {args.length}")
+recipe = Recipe(
+    num_steps=args.steps,
+    learning_rate=args.learning_rate,
+    final_learning_rate=1e-5,
+    warmup_steps=max(args.steps // 20, 1),
+    b2=0.98,
+    weight_decay=0.01,
+    precision=Precision(compute="float32"),
+)
+data = rows(read(args.text), args.batch)
+params = train(config, recipe, data, seed=args.seed, on_step=show).state.params
+test = rows(read(HELD_OUT), 12)
+batches = [test.batch(i).tokens for i in range(test.num_rows // 12)]
+held_out = np.mean([next_token_loss(params, config, tokens).loss for tokens in batches])
+print(f"held out: {held_out / np.log(2):.4f} bits/byte over {len(batches) * 12} rows")
 if args.out:
     saved = jax.tree_util.tree_map_with_path(narrow, params)
     jax_mla.save(args.out, saved, config, max_shard_bytes=4_000_000)

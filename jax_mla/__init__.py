@@ -31,6 +31,8 @@ _HOME = {
     "param_shardings": "functional",
     "LatentCache": "cache",
     "PagedLatentCache": "cache",
+    "explain_sharding": "explain",
+    "explain_collectives": "explain",
     "generate": "generation",
     "sample": "sampling",
     "load": "checkpoint",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from jax_mla.cache import LatentCache, PagedLatentCache
     from jax_mla.checkpoint import load, save
     from jax_mla.config import DeepSeekConfig, RopeScaling, kimi_k2, tiny, v2, v2_lite, v3
+    from jax_mla.explain import explain_collectives, explain_sharding
     from jax_mla.functional import (
         decode_step,
         forward,
@@ -73,6 +76,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name == "rules":
+        return importlib.import_module("jax_mla.rules")
     if name not in _HOME:
         raise AttributeError(f"module 'jax_mla' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"jax_mla.{_HOME[name]}"), name)

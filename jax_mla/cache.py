@@ -7,14 +7,17 @@ pairs, then all second ones; see `layers/rope.py`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jax_mla.arrays import as_array, as_int32, check_dtype, check_positive
 from jax_mla.config import DeepSeekConfig
 
 DEFAULT_PAGE_SIZE = 64
@@ -49,7 +52,10 @@ class LatentCache:
 
         Args:
           max_tokens: longest sequence, prompt and continuation together.
-          dtype: of the rows; None takes config.dtype.
+          dtype: of the rows, float32, bfloat16 or float16; None takes config.dtype.
+
+        Raises:
+          ValueError: a size is not positive, or the dtype is another one.
 
         Cost: L * B * max_tokens * (C + R) numbers of memory.
         """
@@ -95,11 +101,11 @@ class PagedLatentCache:
           num_pages: pages in the pool.
           batch: sequences; ignored when `page_table` is given.
           page_table: None gives every sequence an equal run of the pool's pages.
-          dtype: of the rows; None takes config.dtype.
+          dtype: of the rows, float32, bfloat16 or float16; None takes config.dtype.
 
         Raises:
-          ValueError: the pool has fewer pages than sequences, a size is not positive, or the page
-            table is not [B, max_pages] of integers.
+          ValueError: the pool has fewer pages than sequences, a size is not positive, the page
+            table is not [B, max_pages] of integers of 32 bits, or the dtype is another one.
         """
         check_positive(num_pages=num_pages, page_size=page_size, batch=batch)
         if page_table is None:
@@ -107,12 +113,12 @@ class PagedLatentCache:
                 raise ValueError(f"num_pages={num_pages} cannot give each of batch={batch} a page")
             each = num_pages // batch
             page_table = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
-        shape, kind = np.shape(page_table), jnp.result_type(page_table)
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"page_table must have 2 axes [B, max_pages], got shape {shape}")
-        if not jnp.issubdtype(kind, jnp.integer):
-            raise ValueError(f"page_table must hold integers, got dtype {kind}")
-        page_table = jnp.asarray(page_table, jnp.int32)
+        page_table = as_array("page_table", page_table)
+        if page_table.ndim != 2 or 0 in page_table.shape:
+            raise ValueError(
+                f"page_table must have 2 axes [B, max_pages], got shape {page_table.shape}"
+            )
+        page_table = as_int32("page_table", page_table)
         lengths = jnp.zeros(page_table.shape[0], jnp.int32)
         return cls(_zero_pages(config, num_pages, page_size, dtype), lengths, page_table)
 
@@ -124,18 +130,31 @@ def _zero_pages(
     config: DeepSeekConfig, num_pages: int, page_size: int, dtype: DTypeLike | None
 ) -> jax.Array:
     shape = (config.num_hidden_layers, num_pages, page_size, config.cache_row_dim)
-    return jnp.zeros(shape, dtype or config.dtype)
-
-
-def check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+    return jnp.zeros(shape, check_dtype(config.dtype if dtype is None else dtype))
 
 
 def capacity(cache: LatentCache | PagedLatentCache) -> int:
     """The most tokens that one sequence can hold."""
     return cache.page_table.shape[1] * cache.pages.shape[2]
+
+
+def cache_specs(cache: Cache, spec: Callable[..., PartitionSpec]) -> Cache:
+    """The cache with a PartitionSpec for every array: sequences and their pages are split alike."""
+    pages, batch = spec(None, "batch", None, None), spec("batch")
+    if isinstance(cache, LatentCache):
+        return LatentCache(pages, batch)  # pyright: ignore[reportReturnType, reportArgumentType]
+    return PagedLatentCache(pages, batch, spec("batch", None))  # pyright: ignore
+
+
+def renumber(cache: Cache, axes: tuple[str, ...], sign: int) -> Cache:
+    """Page numbers of the whole pool to those of a device's own share (sign -1), or back (1).
+
+    Inside of shard_map, where `axes` split sequences and pages.
+    """
+    if not axes or isinstance(cache, LatentCache):  # whose table counts what it is given
+        return cache
+    first_page = jax.lax.axis_index(axes) * cache.pages.shape[1]
+    return dataclasses.replace(cache, page_table=cache.page_table + sign * first_page)
 
 
 def layer_pages(

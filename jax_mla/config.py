@@ -3,73 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jax_mla.config_rope import RopeScaling, is_number, yarn_mscale
+
 TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 ScoringFunc = Literal["softmax", "sigmoid"]
+DTYPES = ("float32", "bfloat16", "float16")  # that parameters and caches may have
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1, and 1 for factors up to 1."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies were stretched for long contexts; the keys of `rope_scaling`.
-
-    `yarn` interpolates between stretched and original frequencies. `longrope` divides each
-    frequency by its own `short_factor`; its long table needs a context beyond
-    `original_max_position_embeddings` and is refused when the config is read.
-
-    Source: YaRN, arXiv 2309.00071; LongRoPE, arXiv 2402.13753.
-    """
-
-    rope_type: Literal["yarn", "longrope"]
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "beta_fast", "beta_slow"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"rope scaling: {name} must be a number above 0, got {value!r}")
-        original = self.original_max_position_embeddings
-        if type(original) is not int or original < 1:
-            raise ValueError(
-                "rope scaling: original_max_position_embeddings must be an integer of at least 1, "
-                f"got {original!r}"
-            )
-
-    @property
-    def cos_sin_factor(self) -> float:
-        """What cos and sin are multiplied by; 1.0 for every released DeepSeek model."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.rope_type == "longrope":
-            original = self.original_max_position_embeddings
-            return (
-                math.sqrt(1 + math.log(self.factor) / math.log(original))
-                if self.factor > 1
-                else 1.0
-            )
-        if self.mscale and self.mscale_all_dim:
-            of_all = yarn_mscale(self.factor, self.mscale_all_dim)
-            return yarn_mscale(self.factor, self.mscale) / of_all
-        return yarn_mscale(self.factor, 1.0)
+def is_token_id(value: Any) -> bool:
+    """An integer of 32 bits; published configs may say -1 for no padding."""
+    return type(value) is int and -(2**31) <= value < 2**31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,17 +89,35 @@ class DeepSeekConfig:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
         for name in _POSITIVE_FLOATS:
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            if value is not None and not (is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}")
-        if not isinstance(self.eos_token_id, tuple):
-            raise ValueError(f"eos_token_id must be a tuple of ids, got {self.eos_token_id!r}")
+        for name in ("bos_token_id", "pad_token_id"):
+            if (value := getattr(self, name)) is not None and not is_token_id(value):
+                raise ValueError(f"{name} must be a token id or null, got {value!r}")
+        eos = self.eos_token_id
+        if not isinstance(eos, tuple) or not all(is_token_id(i) for i in eos):
+            raise ValueError(f"eos_token_id must be a tuple of token ids, got {eos!r}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
+        if self.rope_scaling is not None:
+            self._check_rope(self.rope_scaling)
         if self.num_moe_layers:
             self._check_experts()
+
+    def _check_rope(self, scaling: RopeScaling) -> None:
+        if scaling.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"yarn needs a rope_theta above 1, got {self.rope_theta}")
+        half = self.qk_rope_head_dim // 2
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(scaling, name)
+            if factors is not None and len(factors) != half:
+                raise ValueError(
+                    f"longrope {name} has {len(factors)} entries, expected "
+                    f"qk_rope_head_dim / 2 = {half}"
+                )
 
     def _check_experts(self) -> None:
         experts, active, _ = self.moe_sizes
@@ -263,7 +227,7 @@ _CHOICES = {
     ),
     "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
     "scoring_func": ("softmax", "sigmoid"),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": DTYPES,
 }  # fmt: skip
 _MAY_BE_NONE = {
     "q_lora_rank", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group",

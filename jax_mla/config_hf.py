@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jax_mla.config import DeepSeekConfig, RopeScaling
+from jax_mla.config import DeepSeekConfig, RopeScaling, is_token_id
+from jax_mla.config_rope import is_number
 
 # What a published config.json may leave out: the defaults of each reference configuration.
 _MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -87,7 +88,12 @@ _FLOATS = {
     "rope_theta",
     "routed_scaling_factor", "rms_norm_eps", "scale_emb", "scale_depth", "initializer_range",
 }  # fmt: skip
-_ROPE_FIELDS = {f.name for f in dataclasses.fields(RopeScaling)} - {"rope_type", "short_factor"}
+_YARN_FIELDS = {
+    "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate",
+}  # fmt: skip
+_LONGROPE_FIELDS = {
+    "factor", "mscale", "mscale_all_dim", "attention_factor", "short_factor", "long_factor",
+}  # fmt: skip
 
 
 def read(config: Mapping[str, Any]) -> DeepSeekConfig:
@@ -98,13 +104,17 @@ def read(config: Mapping[str, Any]) -> DeepSeekConfig:
     known = {field.name for field in dataclasses.fields(DeepSeekConfig)} - {"rope_scaling"}
     values: dict[str, Any] = _DEFAULTS[family] | {k: v for k, v in given.items() if k in known}
     if family == "minicpm3" and values.get("v_head_dim") is None:
-        values["v_head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        hidden, heads = values["hidden_size"], values["num_attention_heads"]
+        are_sizes = type(hidden) is int and type(heads) is int and heads > 0
+        values["v_head_dim"] = hidden // heads if are_sizes else None
     if family == "glm4_moe_lite":  # its reference reads mlp_layer_types only
         values["first_k_dense_replace"] = _DEFAULTS[family]["first_k_dense_replace"]
+    ignored = () if family == "minicpm3" else _MINICPM_FIELDS
     if family in _DENSE:
-        values |= {"n_routed_experts": None, "first_k_dense_replace": 0}
+        ignored += _MOE_FIELDS
     else:
-        values |= _router(family, values) | _dense_prefix(given)
+        values |= _router(family, values) | _dense_prefix(given, values["num_hidden_layers"])
+    values = {key: value for key, value in values.items() if key not in ignored}
     if family in ("deepseek_v2", "minicpm3"):  # their rope layout is fixed, whatever the file says
         values["rope_interleave"] = family == "deepseek_v2"
     values["eos_token_id"] = _as_ids(values["eos_token_id"])
@@ -127,7 +137,10 @@ def _with_floats(values: Mapping[str, Any]) -> dict[str, Any]:
         if (value := out[key]) is not None:
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{key} must be a number, got {value!r}")
-            out[key] = float(value)
+            try:
+                out[key] = float(value)
+            except OverflowError:
+                raise ValueError(f"{key} must be a number, got one beyond 1e308") from None
     return out
 
 
@@ -135,9 +148,9 @@ def _family(config: Mapping[str, Any]) -> str:
     if not isinstance(config, Mapping):
         raise ValueError(f"a config must be an object with named values, got {config!r:.60}")
     family = config.get("model_type")
-    if family in _WHY_NOT:
+    if isinstance(family, str) and family in _WHY_NOT:
         raise ValueError(f"model_type {family!r} is not supported: {_WHY_NOT[family]}")
-    if family not in _DEFAULTS:
+    if not isinstance(family, str) or family not in _DEFAULTS:
         raise ValueError(f"model_type {family!r} is not one of {', '.join(_DEFAULTS)}")
     return family
 
@@ -170,7 +183,7 @@ def _router(family: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
-def _dense_prefix(given: Mapping[str, Any]) -> dict[str, int]:
+def _dense_prefix(given: Mapping[str, Any], num_layers: int) -> dict[str, int]:
     """`mlp_layer_types`, where present, replaces `first_k_dense_replace`."""
     types = given.get("mlp_layer_types")
     if types is None:
@@ -182,12 +195,16 @@ def _dense_prefix(given: Mapping[str, Any]) -> dict[str, int]:
     prefix = types.index("sparse") if "sparse" in types else len(types)
     if types != ["dense"] * prefix + ["sparse"] * (len(types) - prefix):
         raise ValueError(f"mlp_layer_types must be dense layers, then sparse ones, got {types}")
+    if len(types) != num_layers:
+        raise ValueError(
+            f"mlp_layer_types has {len(types)} entries, num_hidden_layers is {num_layers}"
+        )
     return {"first_k_dense_replace": prefix}
 
 
 def _as_ids(eos: int | list[int] | None) -> tuple[int, ...]:
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    if not all(isinstance(i, int) for i in ids):
+    if not all(is_token_id(i) for i in ids):
         raise ValueError(f"eos_token_id must be a token id or a list of them, got {eos!r}")
     return ids
 
@@ -198,39 +215,37 @@ def _rope(given: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[float, R
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_scaling must be an object with named values, got {rope!r}")
     rope = _with_floats(rope)
-    theta = float(rope.pop("rope_theta", None) or given.get("rope_theta") or 10000.0)
+    top = _with_floats({"rope_theta": given.get("rope_theta")})
+    theta = rope.pop("rope_theta", None) or top["rope_theta"] or 10000.0
+    if (partial := rope.get("partial_rotary_factor")) not in (1.0, None):
+        raise ValueError(
+            f"rope parameters with partial_rotary_factor={partial!r} are not supported, only 1.0"
+        )
     rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     if rope_type == "default":
         return theta, None
     longest = values.get("max_position_embeddings") or DeepSeekConfig.max_position_embeddings
     key = "original_max_position_embeddings"
     original = given.get(key) or rope.get(key) or longest
-    if type(original) not in (int, float) or original < 1 or original != int(original):
-        raise ValueError(f"{key} must be an integer of at least 1, got {original!r}")
+    for name, value in ((key, original), ("max_position_embeddings", longest)):
+        if not is_number(value) or value < 1 or value != int(value):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     original = int(original)
-    scaling: dict[str, Any] = {k: v for k, v in rope.items() if k in _ROPE_FIELDS and v is not None}
-    scaling[key] = original
-    if rope_type == "yarn":
-        scaling.setdefault("factor", longest / original)
-        for key in ("beta_fast", "beta_slow"):  # null and 0 mean the default
-            if not scaling.get(key):
-                scaling.pop(key, None)
-        return theta, RopeScaling("yarn", **scaling)
-    if rope_type != "longrope":
-        raise ValueError(f"rope type {rope_type!r} is not one of default, yarn, longrope")
-    if longest > original:
+    if rope_type == "longrope" and longest > original:
         raise ValueError(
             f"longrope with max_position_embeddings={longest} beyond "
             f"original_max_position_embeddings={original} is not supported"
         )
-    short = tuple(float(f) for f in rope.get("short_factor") or ())
-    if len(short) != values["qk_rope_head_dim"] // 2:
-        raise ValueError(
-            f"longrope short_factor has {len(short)} entries, expected "
-            f"qk_rope_head_dim / 2 = {values['qk_rope_head_dim'] // 2}"
-        )
-    scaling["factor"] = 1.0
-    return theta, RopeScaling("longrope", short_factor=short, **scaling)
+    fields = _LONGROPE_FIELDS if rope_type == "longrope" else _YARN_FIELDS
+    scaling: dict[str, Any] = {k: v for k, v in rope.items() if k in fields and v is not None}
+    scaling.setdefault("factor", longest / original)
+    for key in ("beta_fast", "beta_slow"):  # null and 0 mean the default
+        if not scaling.get(key):
+            scaling.pop(key, None)
+    for key in ("short_factor", "long_factor"):
+        if isinstance(factors := scaling.get(key), list):
+            scaling[key] = tuple(float(f) if is_number(f) else f for f in factors)
+    return theta, RopeScaling(rope_type, original_max_position_embeddings=original, **scaling)
 
 
 _MOE_FIELDS = (
@@ -265,13 +280,10 @@ def write(config: DeepSeekConfig) -> dict[str, Any]:
 
 
 def _write_rope(scaling: RopeScaling) -> dict[str, Any]:
-    original = {"original_max_position_embeddings": scaling.original_max_position_embeddings}
-    if scaling.rope_type == "longrope":
-        factors = list(scaling.short_factor or ())
-        out: dict[str, Any] = original | {"short_factor": factors, "long_factor": factors}
-        out["attention_factor"] = scaling.attention_factor
-    else:
-        out = dataclasses.asdict(scaling)
-        out.pop("short_factor")
-    out = {k: v for k, v in out.items() if v is not None}
+    fields = _LONGROPE_FIELDS if scaling.rope_type == "longrope" else _YARN_FIELDS
+    out: dict[str, Any] = {k: v for k, v in dataclasses.asdict(scaling).items() if v is not None}
+    out = {k: v for k, v in out.items() if k in fields | {"original_max_position_embeddings"}}
+    for key in ("short_factor", "long_factor"):
+        if key in out:
+            out[key] = list(out[key])
     return out | {"type": scaling.rope_type, "rope_type": scaling.rope_type}

@@ -17,28 +17,40 @@ from jax_mla.cache import Cache, advance, capacity
 from jax_mla.config import DeepSeekConfig
 from jax_mla.layers.mla import Form, resolve_form
 from jax_mla.model import DeepSeek, ForwardTrace
-from jax_mla.sharding import ShardingRules
+from jax_mla.sharding import Placement, ShardingRules, placement_of
 
 Params = dict[str, Any]
 
 
 @functools.lru_cache
-def _split_abstract(config: DeepSeekConfig):
-    """GraphDef and State of the model with shapes instead of arrays. Needs no mesh."""
-    return nnx.split(nnx.eval_shape(lambda: DeepSeek(config, rngs=nnx.Rngs(0))))
+def _split_abstract(config: DeepSeekConfig, placement: Placement | None = None):
+    """GraphDef and State of the model with shapes instead of arrays. Needs no devices."""
+    return nnx.split(
+        nnx.eval_shape(lambda: DeepSeek(config, rngs=nnx.Rngs(0), placement=placement))
+    )
 
 
-def bind(params: Params, config: DeepSeekConfig) -> DeepSeek:
-    """The module that computes with `params`. Call inside jit; it copies nothing.
+def bind(params: Params, config: DeepSeekConfig, rules: ShardingRules | None = None) -> DeepSeek:
+    """The module that computes with `params`, where they lie. Call inside jit; it copies nothing.
+
+    Args:
+      rules: those by which the parameters were put on their mesh; None takes the defaults.
 
     Raises:
-      ValueError: the parameters are not those of the config; every difference is listed.
+      ValueError: the parameters are not those of the config, every difference is listed; or there
+        are rules and no mesh.
     """
-    graphdef, abstract = _split_abstract(config)
+    check_params(params, config, rules)
+    graphdef, abstract = _split_abstract(config, placement_of(params, rules))
     state = jax.tree.map(lambda leaf: leaf, abstract)
-    inputs.check_params(params, nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
+
+
+def check_params(params: Params, config: DeepSeekConfig, rules: ShardingRules | None) -> None:
+    """The parameters have the names and shapes that the config asks for."""
+    _, abstract = _split_abstract(config, placement_of(params, rules))
+    inputs.check_params(params, nnx.to_pure_dict(abstract))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -77,6 +89,14 @@ def param_shardings(
     return nnx.to_pure_dict(placed)
 
 
+def logical_axes(config: DeepSeekConfig) -> Params:
+    """The tree of `init`, holding the tuple of its logical axes where `init` holds an array."""
+    _, state = _split_abstract(config)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    named = jax.tree.map(lambda v: v.get_metadata("logical_axes"), state, is_leaf=is_variable)
+    return nnx.to_pure_dict(named)
+
+
 def forward(
     params: Params,
     config: DeepSeekConfig,
@@ -85,6 +105,7 @@ def forward(
     positions: Int[Array | np.ndarray, "B T"] | None = None,
     segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     form: Form | None = None,
+    rules: ShardingRules | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of the next token at every position, float32.
 
@@ -92,22 +113,26 @@ def forward(
       positions: for the rotary embedding; None counts from 0, anew in each segment.
       segment_ids: tokens attend only to earlier tokens with their own id (packed sequences).
       form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one.
+      rules: those by which `params` were put on a mesh; None takes the defaults.
 
     Raises:
-      ValueError: a token id is outside the vocabulary, or shapes disagree.
+      ValueError: a token id is outside the vocabulary, shapes disagree, or the mesh does not divide
+        them.
 
     Cost: 2 operations a token and active parameter, and attention's; logits of B * T * V float32
     numbers. Holds a copy of one layer's weights at a time, all experts included: up to 23 GB for
     V3 in bfloat16, divided by the devices that share the experts. `prefill` copies no experts.
     """
     tokens = inputs.check_tokens(tokens, config)
-    inputs.check_same_shape(tokens, positions=positions, segment_ids=segment_ids)
-    return _forward(params, config, tokens, positions, segment_ids, form)
+    positions, segment_ids = inputs.check_aligned(tokens, config, positions, segment_ids)
+    inputs.check_split(tokens, placement_of(params, rules))
+    return _forward(params, config, tokens, positions, segment_ids, form, rules)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "form"))
-def _forward(params, config, tokens, positions, segment_ids, form):
-    return bind(params, config)(tokens, positions=positions, segment_ids=segment_ids, form=form)
+@functools.partial(jax.jit, static_argnames=("config", "form", "rules"))
+def _forward(params, config, tokens, positions, segment_ids, form, rules):
+    model = bind(params, config, rules)
+    return model(tokens, positions=positions, segment_ids=segment_ids, form=form)
 
 
 def forward_trace(
@@ -118,18 +143,19 @@ def forward_trace(
     positions: Int[Array | np.ndarray, "B T"] | None = None,
     segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     form: Form | None = None,
+    rules: ShardingRules | None = None,
 ) -> ForwardTrace:
     """`forward` with the hidden states and expert choices of every layer. Arguments as there."""
     tokens = inputs.check_tokens(tokens, config)
-    inputs.check_same_shape(tokens, positions=positions, segment_ids=segment_ids)
-    return _forward_trace(params, config, tokens, positions, segment_ids, form)
+    positions, segment_ids = inputs.check_aligned(tokens, config, positions, segment_ids)
+    inputs.check_split(tokens, placement_of(params, rules))
+    return _forward_trace(params, config, tokens, positions, segment_ids, form, rules)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "form"))
-def _forward_trace(params, config, tokens, positions, segment_ids, form):
-    return bind(params, config).trace(
-        tokens, positions=positions, segment_ids=segment_ids, form=form
-    )
+@functools.partial(jax.jit, static_argnames=("config", "form", "rules"))
+def _forward_trace(params, config, tokens, positions, segment_ids, form, rules):
+    model = bind(params, config, rules)
+    return model.trace(tokens, positions=positions, segment_ids=segment_ids, form=form)
 
 
 def prefill(
@@ -140,6 +166,7 @@ def prefill(
     *,
     lengths: Int[Array | np.ndarray, " B"] | None = None,
     form: Form | None = None,
+    rules: ShardingRules | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Appends prompts, or further chunks of them, to a cache.
 
@@ -151,6 +178,8 @@ def prefill(
         its logits mean nothing.
       form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one for the
         longest cached sequence, or for a full cache where lengths are traced.
+      rules: as in `forward`. Sequences and their pages are split over the mesh axes of `batch`: the
+        table of a paged cache may name only pages of the share that its sequence is in.
 
     Returns:
       Float32 logits of the token after each row's last valid one, and the cache.
@@ -161,15 +190,18 @@ def prefill(
     """
     tokens = inputs.check_tokens(tokens, config)
     lengths = inputs.check_lengths(lengths, tokens)
-    inputs.check_cache(cache, config, lengths)
+    placement = placement_of(params, rules)
+    inputs.check_split(tokens, placement)
+    inputs.check_cache(cache, config, lengths, placement=placement)
     has_context = inputs.longest(cache) != 0
     form = _form(form, config, tokens.shape[1], cache)
-    return _prefill(params, config, tokens, cache, lengths, has_context=has_context, form=form)
+    options = {"has_context": has_context, "form": form, "rules": rules}
+    return _prefill(params, config, tokens, cache, lengths, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "has_context", "form"))
-def _prefill(params, config, tokens, cache, lengths, *, has_context, form):
-    model = bind(params, config)
+@functools.partial(jax.jit, static_argnames=("config", "has_context", "form", "rules"))
+def _prefill(params, config, tokens, cache, lengths, *, has_context, form, rules):
+    model = bind(params, config, rules)
     x, cache = model.prefill(tokens, cache, num_new=lengths, has_context=has_context, form=form)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     return model.head(jnp.take_along_axis(x, last, axis=1)[:, 0]), advance(cache, lengths)
@@ -189,6 +221,7 @@ def decode_step(
     cache: Cache,
     *,
     form: Form | None = None,
+    rules: ShardingRules | None = None,
 ) -> tuple[Float[Array, "B ... V"], Cache]:
     """Appends one token of every sequence, or T of them, and predicts what follows each.
 
@@ -197,7 +230,7 @@ def decode_step(
       cache: not changed, so it is copied, and its lengths are read back for the checks: in a loop
         call this from your own jit and donate the cache. Under jit its room cannot be checked:
         rows beyond it are not kept, yet counted.
-      form: as in `prefill`; one token a sequence is absorbed unless "expanded" is asked for.
+      form, rules: as in `prefill`; one token a sequence is absorbed unless "expanded" is asked for.
 
     Returns:
       Float32 logits with the axes of `token` and V, and the cache.
@@ -207,14 +240,16 @@ def decode_step(
     """
     token = inputs.check_tokens(token, config, num_axes=(1, 2))
     num_new = token.shape[1] if token.ndim == 2 else 1
-    inputs.check_cache(cache, config, num_new, batch=token.shape[0])
+    placement = placement_of(params, rules)
+    inputs.check_split(token, placement, ("batch",))
+    inputs.check_cache(cache, config, num_new, batch=token.shape[0], placement=placement)
     form = "absorbed" if form is None and num_new == 1 else _form(form, config, num_new, cache)
-    return _decode_step(params, config, token, cache, form=form)
+    return _decode_step(params, config, token, cache, form=form, rules=rules)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "form"))
-def _decode_step(params, config, token, cache, *, form):
-    model = bind(params, config)
+@functools.partial(jax.jit, static_argnames=("config", "form", "rules"))
+def _decode_step(params, config, token, cache, *, form, rules):
+    model = bind(params, config, rules)
     tokens = token.reshape(token.shape[0], -1)
     num_new = jnp.full(token.shape[0], tokens.shape[1], jnp.int32)
     if form == "absorbed":

@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from jax_mla import inputs
+from jax_mla.arrays import as_array, as_int32, concrete
 from jax_mla.cache import DEFAULT_PAGE_SIZE, LatentCache, advance
 from jax_mla.config import DeepSeekConfig
-from jax_mla.functional import Params, bind
+from jax_mla.functional import Params, bind, check_params
 from jax_mla.sampling import sample
+from jax_mla.sharding import ShardingRules, placement_of
 
 
 @jax.tree_util.register_dataclass
@@ -59,6 +62,7 @@ def generate(
     key: Array | int | None = None,
     eos_token_ids: int | tuple[int, ...] | None = None,
     stream: Callable[[np.ndarray], None] | None = None,
+    rules: ShardingRules | None = None,
 ) -> Generated:
     """Continues prompts until each has ended or `max_new_tokens` are written.
 
@@ -71,54 +75,57 @@ def generate(
       lengths: tokens of each prompt, at least 1; None means all T.
       temperature: 0 always takes the most likely token.
       top_k, top_p, min_p: see `sample`; without effect at temperature 0.
-      key: a jax.random key or a seed; None is seed 0, so that equal calls write equal text.
+      key: a jax.random key or a seed from 0 to 2**32 - 1; None is seed 0, so that equal calls
+        write equal text.
       eos_token_ids: ids that end a row; None takes the config's, () never stops.
       stream: called once a step with the tokens just written, Int[B]; rows that have ended carry
         the pad id. The loop then runs on the host, one jitted step at a time, with equal results.
+      rules: those by which `params` were put on a mesh; None takes the defaults.
 
     Raises:
-      ValueError: a prompt is empty, a token id is outside the vocabulary, or an option is out of
-        its range; the message names the value.
+      ValueError: a prompt is empty, a token id is outside the vocabulary, an option is out of its
+        range, or the parameters are not those of the config; the message names the value.
     """
+    check_params(params, config, rules)
     tokens = inputs.check_tokens(tokens, config)
     lengths = inputs.check_lengths(lengths, tokens)
-    _check_options(lengths, max_new_tokens, temperature, top_k, top_p, min_p)
-    ends = config.eos_token_id if eos_token_ids is None else eos_token_ids
-    eos = tuple(int(i) for i in np.ravel(ends))
+    _check_sizes(config, lengths, tokens.shape[1], max_new_tokens)
+    options, key = _options(config, temperature, top_k, top_p, min_p), _key(key)
+    eos = _ends(config.eos_token_id if eos_token_ids is None else eos_token_ids)
     pad = config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
-    if key is None or isinstance(key, int | np.integer):
-        key = jax.random.key(key or 0)
-    options = {} if temperature == 0 else {"temperature": temperature, "top_k": top_k,
-                                           "top_p": top_p, "min_p": min_p}  # fmt: skip
-    options = {
-        name: jnp.asarray(value, jnp.int32 if name == "top_k" else jnp.float32)
-        for name, value in options.items()
-        if value is not None
-    }
     max_new_tokens = int(max_new_tokens)
     prompt_bucket, new_bucket = _bucket(tokens.shape[1]), _bucket(max_new_tokens)
     tokens = _pad(tokens, prompt_bucket)
+    inputs.check_split(tokens, placement_of(params, rules))
     limit = jnp.asarray(max_new_tokens, jnp.int32)
 
-    state = _start(params, config, tokens, lengths, key, options, new_bucket, eos, pad)
+    run = _Run(config, rules, eos, pad)
+    state = _start(params, run, tokens, lengths, key, options, new_bucket)
     if stream is None:
-        state = _loop(params, config, state, limit, key, options, eos, pad)
+        state = _loop(params, run, state, limit, key, options)
     else:
-        state = _stream(params, config, state, max_new_tokens, key, options, eos, pad, stream)
+        state = _stream(params, run, state, max_new_tokens, key, options, stream)
     return Generated(_cut(state.tokens, max_new_tokens), state.lengths)
 
 
-_STATIC = ("config", "eos", "pad")
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a generation is compiled for, beside shapes."""
+
+    config: DeepSeekConfig
+    rules: ShardingRules | None
+    eos: tuple[int, ...]
+    pad: int
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "new_bucket"))
-def _start(params, config, tokens, lengths, key, options, new_bucket, eos, pad) -> _State:
+@functools.partial(jax.jit, static_argnames=("run", "new_bucket"))
+def _start(params, run: _Run, tokens, lengths, key, options, new_bucket) -> _State:
     """Prefills an empty cache and writes the first token."""
     batch, num_tokens = tokens.shape
     cache = LatentCache.empty(
-        config, batch, num_tokens + new_bucket, dtype=params["embed_tokens"].dtype
+        run.config, batch, num_tokens + new_bucket, dtype=params["embed_tokens"].dtype
     )
-    model = bind(params, config)
+    model = bind(params, run.config, run.rules)
     x, cache = model.prefill(tokens, cache, num_new=lengths, has_context=False)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     state = _State(
@@ -126,29 +133,29 @@ def _start(params, config, tokens, lengths, key, options, new_bucket, eos, pad) 
         token=jnp.zeros(batch, jnp.int32),
         is_active=jnp.ones(batch, bool),
         step=jnp.zeros((), jnp.int32),
-        tokens=jnp.full((batch, new_bucket), pad, jnp.int32),
+        tokens=jnp.full((batch, new_bucket), run.pad, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
     )
-    return _write(state, model.head(last), key, options, eos, pad)
+    return _write(state, model.head(last), run, key, options)
 
 
-def _step(params, config, state: _State, key, options, eos, pad) -> _State:
+def _step(params, run: _Run, state: _State, key, options) -> _State:
     """Feeds the last token and writes the next one."""
-    model = bind(params, config)
+    model = bind(params, run.config, run.rules)
     x, cache = model.decode(state.token[:, None], state.cache)
     # A row that has ended keeps its length: its last cache row is rewritten and never counted.
     state = dataclasses.replace(state, cache=advance(cache, state.is_active))
-    return _write(state, model.head(x[:, 0]), key, options, eos, pad)
+    return _write(state, model.head(x[:, 0]), run, key, options)
 
 
-def _write(state: _State, logits, key, options, eos, pad) -> _State:
+def _write(state: _State, logits, run: _Run, key, options) -> _State:
     if options:
         token = sample(logits, jax.random.fold_in(key, state.step), **options)
     else:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    token = jnp.where(state.is_active, token, pad)
+    token = jnp.where(state.is_active, token, run.pad)
     has_ended = functools.reduce(
-        jnp.logical_or, [token == i for i in eos], jnp.zeros_like(state.is_active)
+        jnp.logical_or, [token == i for i in run.eos], jnp.zeros_like(state.is_active)
     )
     return dataclasses.replace(
         state,
@@ -162,22 +169,22 @@ def _write(state: _State, logits, key, options, eos, pad) -> _State:
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
-def _loop(params, config, state, limit, key, options, eos, pad) -> _State:
+@functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
+def _loop(params, run: _Run, state, limit, key, options) -> _State:
     return jax.lax.while_loop(
         lambda state: (state.step < limit) & state.is_active.any(),
-        lambda state: _step(params, config, state, key, options, eos, pad),
+        lambda state: _step(params, run, state, key, options),
         state,
     )
 
 
-_step_on_host = jax.jit(_step, static_argnames=_STATIC, donate_argnames="state")
+_step_on_host = jax.jit(_step, static_argnames="run", donate_argnames="state")
 
 
-def _stream(params, config, state, max_new_tokens, key, options, eos, pad, stream) -> _State:
+def _stream(params, run: _Run, state, max_new_tokens, key, options, stream) -> _State:
     for step in range(max_new_tokens):
         if step:
-            state = _step_on_host(params, config, state, key, options, eos, pad)
+            state = _step_on_host(params, run, state, key, options)
         stream(np.asarray(state.token))
         if not np.asarray(state.is_active).any():
             break
@@ -194,28 +201,75 @@ def _bucket(size: int) -> int:
 
 # Out of jit both work on the host: as operations of a device each would compile a program a length.
 def _pad(tokens: Array, size: int) -> Array:
-    values = inputs.concrete(tokens)
+    values = concrete(tokens)
     pad = jnp.pad if values is None else np.pad
     values = tokens if values is None else values
     return jnp.asarray(pad(values, ((0, 0), (0, size - tokens.shape[1]))))
 
 
 def _cut(tokens: Array, size: int) -> Array:
-    values = inputs.concrete(tokens)
+    values = concrete(tokens)
     return tokens[:, :size] if values is None else jax.device_put(values[:, :size].copy())
 
 
-def _check_options(lengths: Any, max_new_tokens, temperature, top_k, top_p, min_p) -> None:
-    if not isinstance(max_new_tokens, int | np.integer):
+def _check_sizes(config, lengths, num_tokens: int, max_new_tokens) -> None:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
         raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
+    if (values := concrete(lengths)) is not None:
+        if (values < 1).any():
+            raise ValueError(f"every prompt needs at least 1 token, got length {values.min()}")
+        num_tokens = values.max()
+    inputs.check_rope(num_tokens + max_new_tokens - 1, config)  # the last one is not fed back
+
+
+def _options(config, temperature, top_k, top_p, min_p) -> dict[str, Array]:
+    """What `sample` is given, checked; nothing where the most likely token is taken."""
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given = {name: _number(name, x) for name, x in options.items() if x is not None}
+    if temperature is None or not 0 <= given["temperature"] < math.inf:
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    if top_k is not None and (top_k < 1 or top_k != int(top_k)):
-        raise ValueError(f"top_k must be an integer of at least 1, got {top_k}")
-    for name, value in (("top_p", top_p), ("min_p", min_p)):
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
-    if (values := inputs.concrete(lengths)) is not None and (values < 1).any():
-        raise ValueError(f"every prompt needs at least 1 token, got length {values.min()}")
+    if "top_k" in given:
+        if not (1 <= (k := given["top_k"]) < math.inf and k == int(k)):
+            raise ValueError(f"top_k must be an integer of at least 1, got {top_k}")
+        given["top_k"] = min(int(k), config.vocab_size)
+    for name in ("top_p", "min_p"):
+        if name in given and not 0 < given[name] <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {given[name]}")
+    if temperature == 0:
+        return {}
+    kinds = {"top_k": jnp.int32}
+    return {name: jnp.asarray(x, kinds.get(name, jnp.float32)) for name, x in given.items()}
+
+
+def _number(name: str, value: Any) -> int | float:
+    if isinstance(value, Tracer):
+        raise ValueError(f"{name} decides what is compiled: it cannot be traced, got {value}")
+    array = np.asarray(value)
+    is_real = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    if array.shape != () or not is_real:
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return array.item()
+
+
+def _key(key: Any) -> Array:
+    """A jax.random key. Seeds have the 32 bits that jax.random takes without wrapping."""
+    if isinstance(key, jax.Array):
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
+        if is_typed or (key.dtype == jnp.uint32 and key.ndim == 1):
+            return key
+    seed = 0 if key is None else key
+    is_seed = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not is_seed or not 0 <= seed < 2**32:
+        raise ValueError(f"key must be a jax.random key or a seed from 0 to 2**32 - 1, got {key!r}")
+    return jax.random.key(seed)
+
+
+def _ends(eos_token_ids: Any) -> tuple[int, ...]:
+    ids = as_array("eos_token_ids", eos_token_ids)
+    if ids.size == 0:
+        return ()
+    if (values := concrete(as_int32("eos_token_ids", ids))) is None:
+        raise ValueError(f"eos_token_ids decide what is compiled: they cannot be traced, got {ids}")
+    return tuple(values.ravel().tolist())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,11 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from jax_mla.cache import Cache
 from jax_mla.config import DeepSeekConfig
-from jax_mla.layers.block import Block, scan_stack, stack
+from jax_mla.layers.block import Block, Remat, scan_stack, stack
 from jax_mla.layers.mla import Form
+from jax_mla.layers.moe import Routing
 from jax_mla.layers.norm import RMSNorm
 from jax_mla.layers.rope import rope_tables
 from jax_mla.layers.weight import weight
+from jax_mla.sharding import Placement
 from pallas_kernels import mla_decode_plan
 
 
@@ -42,19 +46,23 @@ class DeepSeek(nnx.Module):
 
     Args:
       config: the architecture; its dtype is that of the weights.
+      placement: the mesh that the weights will lie on; None on a single device.
 
     Source: DeepSeek-V3, arXiv 2412.19437, figure 2.
     """
 
-    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self, config: DeepSeekConfig, *, rngs: nnx.Rngs, placement: Placement | None = None
+    ):
+        self.config, self.placement = config, placement
         V, D = config.vocab_size, config.hidden_size
         options = {"stddev": config.initializer_range, "dtype": config.dtype}
+        built = {"rngs": rngs, "placement": placement}
         self.embed_tokens = weight(rngs, (V, D), ("vocab", "embed"), **options)
         if config.num_dense_layers:
-            self.dense_layers = stack(config, "dense", config.num_dense_layers, rngs=rngs)
+            self.dense_layers = stack(config, "dense", config.num_dense_layers, **built)
         if config.num_moe_layers:
-            self.moe_layers = stack(config, "moe", config.num_moe_layers, rngs=rngs)
+            self.moe_layers = stack(config, "moe", config.num_moe_layers, **built)
         self.norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=config.dtype)
         if not config.tie_word_embeddings:
             self.lm_head = weight(rngs, (D, V), ("embed", "vocab"), **options)
@@ -68,8 +76,30 @@ class DeepSeek(nnx.Module):
         form: Form | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of every next token, float32."""
-        x, _ = self._forward(tokens, positions, segment_ids, form, trace=False)
+        x, _ = self._forward(tokens, positions, segment_ids, form)
         return self.head(x)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        form: Form | None = None,
+        remat: Remat = "none",
+        observe: Callable[[Routing], Any] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """What `head` takes, and what `observe` returned for every MoE layer, stacked, or None.
+
+        Args:
+          remat: what of each block is computed again in the backward pass, see `scan_stack`.
+        """
+
+        def watch(_, routing):
+            return None if observe is None or routing is None else observe(routing)
+
+        x, observed = self._forward(tokens, positions, segment_ids, form, watch, remat)
+        return x, next((of_stack for of_stack in observed if of_stack is not None), None)
 
     def trace(
         self,
@@ -80,7 +110,9 @@ class DeepSeek(nnx.Module):
         form: Form | None = None,
     ) -> ForwardTrace:
         """The same pass, with all that it computed on its way."""
-        x, layers = self._forward(tokens, positions, segment_ids, form, trace=True)
+        x, layers = self._forward(
+            tokens, positions, segment_ids, form, lambda x, routing: (x, routing)
+        )
         before = jnp.concatenate([inputs for inputs, _ in layers])  # what each block was given
         routing = next((r for _, r in layers if r is not None), None)
         index, weights = (
@@ -110,11 +142,7 @@ class DeepSeek(nnx.Module):
         """Hidden states of T tokens on top of a cache, and the cache with them."""
         tables = self._cached_tables(tokens, cache)
         num_new = tokens.shape[1]
-        plan = mla_decode_plan(  # once a step, for all layers
-            cache.lengths + num_new,
-            num_rows=num_new * self.config.num_attention_heads,
-            page_size=cache.pages.shape[2],
-        )
+        plan = self._plan(cache.lengths + num_new, num_new, cache.pages.shape[2])
         return self._run_cached(
             tokens, cache, lambda mla, x, c, i: mla.decode(x, c, i, tables, plan=plan)
         )
@@ -130,6 +158,18 @@ class DeepSeek(nnx.Module):
         w = w[...].astype(x.dtype)
         highest = jax.lax.Precision.HIGHEST
         return jnp.einsum(equation, x, w, precision=highest, preferred_element_type=jnp.float32)
+
+    def _plan(self, lengths, num_new: int, page_size: int):
+        """Once a step, for all layers; under a mesh every device plans for its own sequences."""
+        place = self.placement
+        heads = self.config.num_attention_heads // (place.num_shards("heads") if place else 1)
+        plan = functools.partial(mla_decode_plan, num_rows=num_new * heads, page_size=page_size)
+        if place is None:
+            return plan(lengths)
+        batch = place.spec("batch")
+        return jax.shard_map(
+            plan, mesh=place.mesh, in_specs=batch, out_specs=batch, check_vma=False
+        )(lengths)
 
     def _embed(self, tokens):
         x = self.embed_tokens[...][tokens]
@@ -147,7 +187,13 @@ class DeepSeek(nnx.Module):
         return stacks
 
     def _forward(
-        self, tokens, positions, segment_ids, form, *, trace: bool
+        self,
+        tokens,
+        positions,
+        segment_ids,
+        form,
+        watch=lambda x, routing: None,
+        remat: Remat = "none",
     ) -> tuple[Array, list[Any]]:
         if positions is None:
             positions = _positions(tokens, segment_ids)
@@ -159,17 +205,17 @@ class DeepSeek(nnx.Module):
 
         def run(block, x, layer):
             y, _, routing = block(x, attend)
-            return y, ((x, routing) if trace else None)
+            return y, watch(x, routing)
 
         x, traces = self._embed(tokens), []
         for blocks, _ in self._stacks():
-            x, traced = scan_stack(blocks, run, x)
+            x, traced = scan_stack(blocks, run, x, remat=remat)
             traces.append(traced)
         return self.norm(x), traces
 
     def _run_cached(self, tokens, cache, attend) -> tuple[Array, Any]:
         # The cache is carried, not scanned over: each layer writes its rows in place.
-        carry, num_experts = (self._embed(tokens), cache), self.config.n_routed_experts or 0
+        carry = self._embed(tokens), cache
         for blocks, first_layer in self._stacks():
 
             def run(block, carry, i, first_layer=first_layer):
@@ -177,7 +223,7 @@ class DeepSeek(nnx.Module):
                 x, cache, _ = block(
                     x,
                     lambda mla, normed: attend(mla, normed, cache, first_layer + i),
-                    first_expert=i * num_experts,
+                    expert_layer=i,
                 )
                 return (x, cache), None
 

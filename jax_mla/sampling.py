@@ -25,7 +25,8 @@ def sample(
       key: rows draw independently from it.
       temperature: above 0; 0 takes the most likely token.
       top_k: keep the k most likely tokens, and all that tie with the last of them.
-      top_p: keep the smallest set of tokens whose probabilities sum to at least p.
+      top_p: keep the smallest set of tokens whose probabilities sum to at least p; of equally
+        likely tokens the first ones.
       min_p: keep tokens with at least p times the probability of the most likely one.
     """
     batch = logits.shape[0]
@@ -51,8 +52,12 @@ def _cut(scaled, top_k, top_p, min_p):
         probabilities = jax.nn.softmax(descending, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         count = jnp.sum(before < _column(top_p, batch), axis=-1, keepdims=True)
-        threshold = jnp.take_along_axis(descending, jnp.maximum(count - 1, 0), axis=-1)
-        kept = jnp.where(scaled < threshold, -jnp.inf, kept)
+        last = jnp.take_along_axis(descending, jnp.maximum(count - 1, 0), axis=-1)
+        # Of the tokens that tie with the last one, the first few of the vocabulary.
+        is_above, is_tie = scaled > last, scaled == last
+        num_ties = count - jnp.sum(is_above, axis=-1, keepdims=True)
+        is_kept = is_above | (is_tie & (jnp.cumsum(is_tie, axis=-1) <= num_ties))
+        kept = jnp.where(is_kept, kept, -jnp.inf)
     if min_p is not None:
         best = jnp.max(scaled, axis=-1, keepdims=True)
         kept = jnp.where(scaled < best + jnp.log(_column(min_p, batch)), -jnp.inf, kept)

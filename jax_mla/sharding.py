@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jax_mla.arrays import check_positive
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "stage", "sequence")
 
 MeshAxes = str | tuple[str, ...] | None
+ExpertDispatch = Literal["dense", "a2a"]
 
 
 def make_mesh(
@@ -31,9 +36,10 @@ def make_mesh(
       devices: the devices to use, in order; None takes the first ones of `jax.devices()`.
 
     Raises:
-      ValueError: the mesh needs more devices than there are.
+      ValueError: the mesh needs more devices than there are, or a size is not positive.
     """
     shape = (data, fsdp, tensor, expert, stage, sequence)
+    check_positive(**dict(zip(MESH_AXES, shape, strict=True)))
     needed = math.prod(shape)
     devices = jax.devices() if devices is None else devices
     if needed > len(devices):
@@ -45,9 +51,20 @@ def make_mesh(
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """The mesh axis (or axes, or None) that each logical axis of a parameter is split over.
+    """The mesh axis (or axes, or None) that each logical axis of an array is split over.
 
-    Changing the layout of the whole model is changing this one object.
+    Changing the layout of the whole model is changing this one object; `jax_mla.rules` has the
+    published recipes. `layers` to `norm` are axes of parameters, `batch` and `sequence` of tokens.
+    `latent` is the axis of a latent that is read (by q_b, k_b and v_b), `q_latent` and `kv_latent`
+    the same axes where they are written, so that an array never meets one mesh axis twice.
+
+    Attributes:
+      gradient_split, optimizer_split: the mesh axes over which `embed` and `latent` of gradients
+        and of the optimizer's state are split instead (ZeRO stages 2 and 1); None: as parameters.
+      expert_dispatch: how tokens reach the devices of their experts, see `layers/expert_parallel`.
+
+    Raises:
+      ValueError: a mesh axis or a dispatcher has no such name.
     """
 
     layers: MeshAxes = None
@@ -55,27 +72,117 @@ class ShardingRules:
     embed: MeshAxes = "fsdp"
     heads: MeshAxes = "tensor"
     head_dim: MeshAxes = None
+    latent: MeshAxes = "fsdp"
     q_latent: MeshAxes = None
     kv_latent: MeshAxes = None
     mlp: MeshAxes = "tensor"
     expert: MeshAxes = "expert"
     norm: MeshAxes = None
+    batch: MeshAxes = ("data", "fsdp")
+    sequence: MeshAxes = "sequence"
+    gradient_split: MeshAxes = None
+    optimizer_split: MeshAxes = None
+    expert_dispatch: ExpertDispatch = "dense"
 
-    def spec(self, logical_axes: tuple[str, ...]) -> PartitionSpec:
-        """The PartitionSpec of an array with these logical axes.
+    def __post_init__(self) -> None:
+        if self.expert_dispatch not in (known := get_args(ExpertDispatch)):
+            raise ValueError(
+                f"expert_dispatch={self.expert_dispatch!r} is not one of {', '.join(known)}"
+            )
+        for field in dataclasses.fields(self)[:-1]:
+            for axis in _as_tuple(getattr(self, field.name)):
+                if axis not in MESH_AXES:
+                    known = ", ".join(MESH_AXES)
+                    raise ValueError(f"{field.name}={axis!r} is not a mesh axis, those are {known}")
+
+    def spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes; None is an axis never split.
 
         Raises:
           ValueError: an axis has no rule, or two axes of one array share a mesh axis.
         """
         entries = []
         for axis in logical_axes:
-            if not hasattr(self, axis):
+            if axis is not None and not hasattr(self, axis):
                 raise ValueError(f"logical axis {axis!r} has no rule in {self}")
-            entries.append(getattr(self, axis))
-        used = [a for e in entries if e is not None for a in ((e,) if isinstance(e, str) else e)]
+            entries.append(None if axis is None else getattr(self, axis))
+        used = [name for entry in entries for name in _as_tuple(entry)]
         for axis in used:
             if used.count(axis) > 1:
                 raise ValueError(
-                    f"logical axes {logical_axes} use mesh axis {axis!r} twice: {entries}"
+                    f"logical axes {tuple(logical_axes)} use mesh axis {axis!r} twice: {entries}"
                 )
         return PartitionSpec(*entries)
+
+    def gradients(self) -> ShardingRules:
+        """The rules of gradients."""
+        return self._split_over(self.gradient_split)
+
+    def optimizer(self) -> ShardingRules:
+        """The rules of the optimizer's state."""
+        return self._split_over(self.optimizer_split)
+
+    def _split_over(self, axes: MeshAxes) -> ShardingRules:
+        return self if axes is None else dataclasses.replace(self, embed=axes, latent=axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and the rules of what lies where on it, as layers use them. Hashable."""
+
+    mesh: AbstractMesh
+    rules: ShardingRules
+
+    def spec(self, *logical_axes: str | None) -> PartitionSpec:
+        return self.rules.spec(logical_axes)
+
+    def axes(self, logical_axis: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device that split a logical axis."""
+        names = _as_tuple(getattr(self.rules, logical_axis))
+        return tuple(name for name in names if self.mesh.shape[name] > 1)
+
+    def num_shards(self, logical_axis: str) -> int:
+        return math.prod(self.mesh.shape[name] for name in self.axes(logical_axis))
+
+    def of_tokens(self, x: jax.Array) -> tuple[str | None, ...]:
+        """Logical axes of x[B, T, ...]; a T that does not divide, as in decoding, is not split."""
+        splits = x.shape[1] % self.num_shards("sequence") == 0
+        return ("batch", "sequence" if splits else None) + (None,) * (x.ndim - 2)
+
+    def constrain(self, x: jax.Array, *logical_axes: str | None) -> jax.Array:
+        """Asks the compiler to lay x out by the rules."""
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, self.spec(*logical_axes))
+        )
+
+
+def placement_of(params: Any, rules: ShardingRules | None) -> Placement | None:
+    """Where parameters lie, concrete or traced; None for a single device, and inside shard_map.
+
+    Raises:
+      ValueError: rules were given for parameters that lie on no mesh, or on one with other axes.
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        return None
+    mesh = jax.typeof(leaves[0]).sharding.mesh
+    if jax.sharding.AxisType.Manual in mesh.axis_types:
+        return None  # inside of the caller's own shard_map or pmap: one device's share
+    if mesh.empty and rules is not None:
+        raise ValueError(f"rules say how to split over a mesh, the parameters lie on none: {rules}")
+    if mesh.empty or mesh.size == 1:
+        return None
+    if set(mesh.axis_names) != set(MESH_AXES):
+        raise ValueError(
+            f"the parameters lie on a mesh of axes {mesh.axis_names}, make_mesh gives {MESH_AXES}"
+        )
+    return Placement(mesh, ShardingRules() if rules is None else rules)
+
+
+def constrain_tokens(x: jax.Array, placement: Placement | None) -> jax.Array:
+    """Activations x[B, T, ...] laid out by the rules; x itself without a mesh."""
+    return x if placement is None else placement.constrain(x, *placement.of_tokens(x))
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes

@@ -1,9 +1,9 @@
 """Text to token ids and back: a folder's tokenizer.json, or plain bytes for the bundled model."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax_mla.checkpoint.folder import read_json
 from jax_mla.config import DeepSeekConfig
 
 # The byte-level vocabulary: ids 0..255 are the bytes themselves.
@@ -87,7 +87,8 @@ def load_tokenizer(folder: Path, config: DeepSeekConfig) -> Tokenizer:
     byte-level vocabulary (bos 256, eos 257) reads bytes.
 
     Raises:
-      ValueError: the folder has no tokenizer.json and the model is not byte-level.
+      ValueError: the folder has no tokenizer.json and the model is not byte-level, or a file is
+        malformed.
       ModuleNotFoundError: tokenizer.json needs the `tokenizers` package.
     """
     file = folder / "tokenizer.json"
@@ -103,4 +104,4 @@ def load_tokenizer(folder: Path, config: DeepSeekConfig) -> Tokenizer:
 
 def _adds_bos(folder: Path) -> bool:
     file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(json.loads(file.read_text("utf-8")).get("add_bos_token"))
+    return file.is_file() and bool(read_json(file).get("add_bos_token"))

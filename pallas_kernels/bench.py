@@ -4,91 +4,206 @@ An implementation that is wrong on a workload is not timed on it.
 """
 
 import argparse
+import dataclasses
 import importlib
+import json
 import platform
+import re
 import statistics
 import subprocess
-import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import hardware
+from pallas_kernels import hardware, timing
 
 OPS = ("mla_decode", "flash_attention", "grouped_matmul")
 BOUNDS = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}  # RMS error relative to RMS
-SAMPLES = 20
-SAMPLE_SECONDS = 0.02  # calls are queued to last this long, so that dispatch hides behind them
 COLUMNS = (
     f"{'workload':<56} {'implementation':<14} {'us':>9} {'TFLOP/s':>8} {'GB/s':>8}"
-    f" {'% peak':>7} {'x xla':>6}"
+    f" {'% matmul':>8} {'% copy':>7} {'x xla':>6}"
 )
+
+
+@dataclasses.dataclass
+class Result:
+    """One implementation on one workload; `note` says why there is no time."""
+
+    op: str
+    workload: str
+    implementation: str
+    us: float | None = None
+    fastest_us: float | None = None
+    tflop_per_s: float | None = None
+    gb_per_s: float | None = None
+    percent_of_matmul: float | None = None
+    percent_of_copy: float | None = None
+    times_faster_than_xla: float | None = None
+    relative_rms_error: float | None = None
+    note: str = ""
+    is_ours: bool = True
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.is_ours and self.note.startswith(("WRONG", "FAILED"))
+
+    def __str__(self) -> str:
+        start = f"{self.workload:<56} {self.implementation:<14} "
+        if self.us is None:
+            return start + self.note
+        return start + " ".join(
+            f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+            for value, width, digits in (
+                (self.us, 9, 1),
+                (self.tflop_per_s, 8, 2),
+                (self.gb_per_s, 8, 1),
+                (self.percent_of_matmul, 8, 1),
+                (self.percent_of_copy, 7, 1),
+                (self.times_faster_than_xla, 6, 2),
+            )
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints a table an op; the exit code is 1 if any implementation was wrong."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
     parser.add_argument("op", nargs="*", choices=[*OPS, []], help="default: every op")
-    parser.add_argument("--quick", action="store_true", help="a few small shapes, for a CPU")
     parser.add_argument("--implementation", help="only this one, and xla for the ratio")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    print(header())
-    is_right = True
+    about = environment()
+    print(header(about))
+    results: list[Result] = []
     for op in options.op or OPS:
         print(f"\n{op}\n{COLUMNS}")
         table = importlib.import_module(f"pallas_kernels.{op}.api").IMPLEMENTATIONS
-        workloads = importlib.import_module(f"pallas_kernels.{op}.workloads")
         names = [one.name for one in table if options.implementation in (None, one.name, "xla")]
-        for workload in workloads.QUICK if options.quick else workloads.WORKLOADS:
-            is_right &= measure(workload, names)
-    return 0 if is_right else 1
+        for workload in workloads(op, options):
+            results += measure(op, workload, names)
+            write_json(options.json, about, results)
+    return 1 if any(result.is_wrong for result in results) else 0
 
 
-def header() -> str:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which workloads, and where the figures go: also for comparisons with peers."""
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a few small shapes, for a CPU")
+    size.add_argument("--smoke", action="store_true", help="a few full-sized shapes, for a GPU")
+    parser.add_argument("--only", default="", help="workloads whose name has this regex")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+
+
+def workloads(op: str, options: argparse.Namespace) -> list:
+    """Those of an op that the command line asks for."""
+    module = importlib.import_module(f"pallas_kernels.{op}.workloads")
+    chosen = module.QUICK if options.quick else module.SMOKE if options.smoke else module.WORKLOADS
+    return [workload for workload in chosen if re.search(options.only, workload.name)]
+
+
+def environment() -> dict[str, Any]:
     """The machine, the versions and the inputs, without which a number means nothing."""
     device = jax.devices()[0]
-    peak = hardware.peak(device)
-    rates = (
-        f"{peak.bf16_flops / 1e12:.0f} TFLOP/s, {peak.bandwidth_bytes / 1e9:.0f} GB/s"
-        if peak
-        else "unknown"
+    is_gpu = device.platform == "gpu"
+    return dict(
+        device=device.device_kind,
+        driver=getattr(device.client, "platform_version", "").replace("\n", " "),
+        host=platform.machine(),
+        jax=jax.__version__,
+        python=platform.python_version(),
+        commit=_commit(),
+        copy_gb_per_s=timing.copy_bytes_per_second() / 1e9 if is_gpu else None,
+        matmul_tflop_per_s=timing.matmul_flops_per_second() / 1e12 if is_gpu else None,
+        inputs="iid normal (mla_decode: / 10)",
+        timing=f"median of up to {timing.SAMPLES} samples after warm-up",
     )
-    driver = getattr(device.client, "platform_version", "").replace("\n", " ")
+
+
+def header(about: dict[str, Any]) -> str:
+    """`environment()` in three lines."""
+    copy, matmul = about["copy_gb_per_s"], about["matmul_tflop_per_s"]
+    rates = f"copy {copy:.0f} GB/s, matmul {matmul:.0f} TFLOP/s" if copy else "not measured"
     return (
-        f"device: {device.device_kind} ({driver}); peak: {rates}; host: {platform.machine()}\n"
-        f"jax {jax.__version__}, Python {platform.python_version()}, commit {_commit()}\n"
-        f"inputs: iid normal (mla_decode: / 10); median of {SAMPLES} samples after warm-up"
+        f"device: {about['device']} ({about['driver']}); rates: {rates}; host: {about['host']}\n"
+        f"jax {about['jax']}, Python {about['python']}, commit {about['commit']}\n"
+        f"inputs: {about['inputs']}; {about['timing']}"
     )
 
 
-def measure(workload, names: list[str]) -> bool:
-    """Prints a line for every implementation, "xla" first; False if one of them is wrong."""
-    arrays = workload.arrays()
-    want = _reference(workload, arrays)
-    xla_seconds, is_right = None, True
-    for name in sorted(names, key=lambda name: name != "xla"):
+def measure(
+    op: str, workload, names: Sequence[str], peers: Mapping[str, Callable] = MappingProxyType({})
+) -> list[Result]:
+    """Prints a line for every implementation, "xla" first.
+
+    Args:
+      names: implementations of ours.
+      peers: by name, what makes a peer's function for a workload, or raises NotImplementedError.
+    """
+    is_gpu = jax.default_backend() == "gpu"
+    num_sets = timing.num_copies(workload.bytes) if is_gpu and _is_memory_bound(workload) else 1
+    sets = [workload.arrays(seed) for seed in range(num_sets)]
+    want = _reference(workload, sets[-1])
+    results: list[Result] = []
+    for name in sorted([*names, *peers], key=lambda name: name != "xla"):
+        result = Result(op, workload.name, name, is_ours=name not in peers)
+        results.append(result)
         try:
-            run = jax.jit(workload.function(name)).lower(*arrays).compile()
+            implementation = peers[name](workload) if name in peers else name
+            arguments = [workload.prepare(arrays, implementation) for arrays in sets]
+            function, floor = workload.function(implementation), floor_seconds(workload)
+            got, samples = timing.measure(function, arguments, floor)
         except NotImplementedError as reason:
-            print(f"{workload.name:<56} {name:<14} skipped: {reason}")
-            continue
-        error = _relative_rms(run(*arrays), want)
-        if not error <= BOUNDS[workload.dtype]:
-            print(f"{workload.name:<56} {name:<14} WRONG: relative RMS error {error:.1e}")
-            is_right = False
-            continue
-        seconds = _median_seconds(run, arrays)
-        xla_seconds = seconds if name == "xla" else xla_seconds
-        print(f"{workload.name:<56} {name:<14} {_figures(workload, seconds, xla_seconds)}")
-    return is_right
+            result.note = f"skipped: {reason}"
+        except Exception as error:  # so that one failure does not take the other figures with it
+            result.note = f"FAILED: {first_line(error)}"
+        else:
+            result.relative_rms_error = error = _relative_rms(got, want)
+            if error <= BOUNDS[workload.dtype]:
+                fill(result, workload, samples)
+                xla_us = results[0].us
+                result.times_faster_than_xla = xla_us / result.us if xla_us and result.us else None
+            else:
+                result.note = f"WRONG: relative RMS error {error:.1e}"
+        print(result, flush=True)
+    return results
+
+
+def first_line(error: Exception) -> str:
+    """An exception in a line."""
+    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def write_json(path: Path | None, about: dict[str, Any], results: list[Result]) -> None:
+    """After every workload, so that a run that is cut short leaves what it has."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [dataclasses.asdict(result) for result in results]
+        path.write_text(json.dumps({"environment": about, "results": rows}, indent=1) + "\n")
+
+
+def fill(result: Result, workload, samples: list[float]) -> None:
+    """The figures that follow from `samples` of seconds a call."""
+    seconds = statistics.median(samples)
+    result.us, result.fastest_us = seconds * 1e6, min(samples) * 1e6
+    flops, num_bytes = workload.flops / seconds, workload.bytes / seconds
+    result.tflop_per_s, result.gb_per_s = flops / 1e12, num_bytes / 1e9
+    if jax.default_backend() == "gpu":
+        result.percent_of_matmul = 100 * flops / timing.matmul_flops_per_second()
+        result.percent_of_copy = 100 * num_bytes / timing.copy_bytes_per_second()
 
 
 def _reference(workload, arrays):
     """The definition of the op, in float32 on the same rounded inputs."""
-    floats = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arrays]
-    return jax.jit(workload.function("xla"))(*floats)
+
+    def to_float32(x):
+        return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    arguments = workload.prepare(jax.tree.map(to_float32, arrays), "xla")
+    return jax.jit(workload.function("xla"))(*arguments)
 
 
 def _relative_rms(got, want) -> float:
@@ -100,28 +215,19 @@ def _relative_rms(got, want) -> float:
     return float(np.max(errors))  # NaN stays NaN, and is no smaller than any bound
 
 
-def _median_seconds(run, arrays) -> float:
-    """Seconds a call when calls are queued, so that the host's part hides behind the device's."""
-    start = time.perf_counter()
-    jax.block_until_ready(run(*arrays))
-    calls = max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
-    samples = []
-    for _ in range(SAMPLES):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = run(*arrays)
-        jax.block_until_ready(out)
-        samples.append((time.perf_counter() - start) / calls)
-    return statistics.median(samples)
-
-
-def _figures(workload, seconds: float, xla_seconds: float | None) -> str:
-    flops, bandwidth = workload.flops / seconds, workload.bytes / seconds
+def floor_seconds(workload) -> float:
+    """Seconds that the device's data sheet allows; a millisecond where it is not listed."""
     peak = hardware.peak()
-    share = max(flops / peak.bf16_flops, bandwidth / peak.bandwidth_bytes) if peak else None
-    percent = f"{100 * share:7.1f}" if share else f"{'-':>7}"
-    ratio = f"{xla_seconds / seconds:6.2f}" if xla_seconds else f"{'-':>6}"
-    return f"{seconds * 1e6:9.1f} {flops / 1e12:8.2f} {bandwidth / 1e9:8.1f} {percent} {ratio}"
+    if peak is None:
+        return 1e-3
+    return max(workload.flops / peak.bf16_flops, workload.bytes / peak.bandwidth_bytes)
+
+
+def _is_memory_bound(workload) -> bool:
+    peak = hardware.peak()
+    if peak is None:
+        return True
+    return workload.bytes / peak.bandwidth_bytes > workload.flops / peak.bf16_flops
 
 
 def _commit() -> str:

@@ -38,6 +38,10 @@ def require_rank(op: str, **ranks) -> None:
     """Every (array, rank) has that rank; keyword names are the arguments' names."""
     for name, (array, rank) in ranks.items():
         require(
+            hasattr(array, "shape") and hasattr(array, "dtype"),
+            f"{op}: {name} must be an array, got {type(array).__name__}",
+        )
+        require(
             len(array.shape) == rank,
             f"{op}: {name} has shape {tuple(array.shape)}, which is not of rank {rank}",
         )

@@ -6,6 +6,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from kernel_tools import aot, interpreter
 
 # Read when the CPU backend starts, which no import of ours may do.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -23,8 +24,31 @@ def rng(request) -> np.random.Generator:
 
 
 def pytest_collection_modifyitems(items):
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu and jax.default_backend() != "gpu":
-        found = jax.default_backend()
-        for item in needs_gpu:
-            item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU, found {found!r}"))
+    for marker, why_not in WHY_NOT.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = why_not() if marked else None
+        for item in marked:
+            item.user_properties.append(("kind", marker))
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A line for every kind of kernel test: how many ran, or why none did."""
+    for marker, why_not in WHY_NOT.items():
+        found = []
+        for outcome in ("passed", "failed", "error", "skipped"):
+            reports = terminalreporter.stats.get(outcome, [])
+            kinds = [kind for r in reports for _, kind in getattr(r, "user_properties", ())]
+            found += [f"{kinds.count(marker)} {outcome}"] if marker in kinds else []
+        if found:
+            reason = f" ({why_not()})" if why_not() else ""
+            terminalreporter.write_line(f"{marker}: {', '.join(found)}{reason}")
+
+
+def _why_no_gpu() -> str | None:
+    found = jax.default_backend()
+    return None if found == "gpu" else f"needs an NVIDIA GPU, found {found!r}"
+
+
+WHY_NOT = {"kernel_sim": interpreter.why_not, "kernel_aot": aot.why_not, "gpu": _why_no_gpu}

@@ -14,26 +14,28 @@ import pallas_kernels
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for room in ("jax_mla", "pallas_kernels") for p in (ROOT / room).rglob("*.py"))
 
-# Top to bottom. A part imports parts of lower floors only; `config` is config.py and config_hf.py.
+# Top to bottom. A part imports parts of lower floors only; `config` is config.py and config_*.py.
 FLOORS = [
     {"__main__"},
     {"cli"},
     {"serving", "training"},
-    {"checkpoint", "generation", "tokenizer"},
+    {"explain", "generation", "tokenizer"},
+    {"checkpoint"},
     {"functional"},
     {"model", "inputs"},
     {"layers"},
     {"cache", "sharding", "sampling", "plan"},
+    {"arrays"},
     {"config"},
 ]
 FLOOR = {part: depth for depth, floor in enumerate(FLOORS) for part in floor}
-SAME_PART = {"config_hf": "config"}
+SAME_PART = {"config_hf": "config", "config_rope": "config", "rules": "sharding"}
 
 # Ops are called by layers. A decode plan is made once a step for all layers, so the model makes it.
-# The doctor asks every op what would run.
+# The doctor asks every op what would run; training is measured against the device's peak.
 PLAN = {"pallas_kernels.mla_decode_plan"}
 MAY_PLAN = {"jax_mla/model.py"}
-MAY_ASK_THE_OPS = {"jax_mla/cli/doctor.py"}
+MAY_ASK_THE_OPS = {"jax_mla/cli/doctor.py", "jax_mla/cli/train_progress.py"}
 
 PALLAS_KERNELS_NAMES = {
     "MLADecodeOutput", "MLADecodePlan", "flash_attention", "grouped_matmul", "merge_attention",
@@ -41,10 +43,10 @@ PALLAS_KERNELS_NAMES = {
 }  # fmt: skip
 JAX_MLA_NAMES = {
     "Block", "DeepSeek", "DeepSeekConfig", "GroupedQueryAttention", "KeyValueCache",
-    "LatentCache", "MLA", "MoE", "PagedLatentCache", "RMSNorm", "RopeScaling",
-    "ShardingRules", "SwiGLU", "decode_step", "forward", "forward_trace", "generate", "init",
-    "kimi_k2", "load", "make_mesh", "param_shardings", "prefill", "sample", "save", "tiny",
-    "v2", "v2_lite", "v3",
+    "LatentCache", "MLA", "MoE", "PagedLatentCache", "RMSNorm", "RopeScaling", "ShardingRules",
+    "SwiGLU", "decode_step", "explain_collectives", "explain_sharding", "forward",
+    "forward_trace", "generate", "init", "kimi_k2", "load", "make_mesh", "param_shardings",
+    "prefill", "sample", "save", "tiny", "v2", "v2_lite", "v3",
 }  # fmt: skip
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from jax_mla.arrays import check_dtype
 from jax_mla.checkpoint.folder import open_folder
 from jax_mla.checkpoint.matching import match
-from jax_mla.checkpoint.names import DTYPES, Leaf
+from jax_mla.checkpoint.names import Leaf
 from jax_mla.checkpoint.progress import ByteProgress
 from jax_mla.checkpoint.reading import Bounds, read_leaf
 from jax_mla.config import DeepSeekConfig
@@ -63,9 +64,8 @@ def load(
     """
     checkpoint = open_folder(folder)
     config = DeepSeekConfig.from_hf(checkpoint.config)
-    config = dataclasses.replace(
-        config, dtype=_dtype_name(config.dtype if dtype is None else dtype)
-    )
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=check_dtype(dtype))
     matched = match(checkpoint, config)
     sharding_of = _shardings(config, mesh, rules)
     params: dict[str, Any] = {}
@@ -79,16 +79,6 @@ def load(
                 node = node.setdefault(key, {})
             node[leaf.path[-1]] = _load_leaf(leaf, leaf_dtype, sharding_of(leaf), read, progress)
     return params, config
-
-
-def _dtype_name(dtype: DTypeLike) -> str:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name} is not one of {', '.join(DTYPES)}")
-    return name
 
 
 def _dtype_of(leaf: Leaf, config: DeepSeekConfig) -> np.dtype:

@@ -18,6 +18,7 @@ from jax_mla.config import DeepSeekConfig
 _LOG = logging.getLogger("jax_mla")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_MANY_TENSORS = 200_000  # more than any published model has; their names fit into memory
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -36,15 +37,18 @@ class Matched:
 def match(folder: CheckpointFolder, config: DeepSeekConfig) -> Matched:
     """Checks names, shapes and dtypes of everything, before any weight is read.
 
-    Ignored are rotary frequencies, which are computed; a tied head that equals the embedding; and,
-    with a note in the log, layers of multi-token prediction beyond `num_hidden_layers`.
+    Ignored are rotary frequencies, which are computed; a tied head that equals the embedding;
+    shared experts of width 0; and, with a note in the log, layers of multi-token prediction beyond
+    `num_hidden_layers`.
 
     Raises:
-      ValueError: lists every missing, unexpected, misshaped and mistyped tensor.
+      ValueError: lists every missing, unexpected, misshaped and mistyped tensor, or says that the
+        config asks for far more tensors than there are.
     """
     block = fp8.block_of(folder.config.get("quantization_config"))
     fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in folder.tensors)
     leaves = leaves_of(config, fused_experts=fused)
+    _check_number(folder, leaves)
     problems: dict[str, list[str]] = defaultdict(list)
     known: set[str] = set()
     for name, fills in published(leaves).items():
@@ -65,6 +69,12 @@ def match(folder: CheckpointFolder, config: DeepSeekConfig) -> Matched:
     extra = _multi_token_prediction(folder.tensors, config)
     ignored = {name for name in folder.tensors if name.endswith(".rotary_emb.inv_freq")}
     ignored = ignored.union(*extra.values())
+    if config.n_shared_experts == 0:  # transformers writes them nevertheless, with no elements
+        ignored |= {
+            name
+            for name, tensor in folder.tensors.items()
+            if ".mlp.shared_experts." in name and 0 in tensor.shape
+        }
     if config.tie_word_embeddings and _HEAD in folder.tensors:
         ignored.add(_HEAD)
         problems["tied, but different"] += _tie_problems(folder.tensors)
@@ -74,6 +84,15 @@ def match(folder: CheckpointFolder, config: DeepSeekConfig) -> Matched:
         layers = ", ".join(map(str, sorted(extra)))
         _LOG.warning("%s: skipped the multi-token prediction of layer %s", folder.path, layers)
     return Matched(leaves, folder.tensors, block)
+
+
+def _check_number(folder: CheckpointFolder, leaves: tuple[Leaf, ...]) -> None:
+    """The config asks for about as many tensors as there are; else their list alone may be huge."""
+    expected, found = sum(math.prod(leaf.lead_shape) for leaf in leaves), len(folder.tensors)
+    if expected > _MANY_TENSORS + 2 * found:
+        raise ValueError(
+            f"{folder.path} holds {found} tensors, its config.json describes about {expected}"
+        )
 
 
 def _scale_problems(folder: CheckpointFolder, name: str, block: tuple[int, int]) -> list[str]:

@@ -15,8 +15,6 @@ import numpy as np
 
 from jax_mla.config import DeepSeekConfig
 
-DTYPES = ("float32", "bfloat16", "float16")  # that a leaf may have
-
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:

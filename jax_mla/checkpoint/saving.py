@@ -16,10 +16,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jax_mla.checkpoint.folder import INDEX, SINGLE
-from jax_mla.checkpoint.names import DTYPES, Fills, Leaf, leaves_of, published
+from jax_mla.checkpoint.names import Fills, Leaf, leaves_of, published
 from jax_mla.checkpoint.problems import refuse
 from jax_mla.checkpoint.progress import ByteProgress
-from jax_mla.config import DeepSeekConfig
+from jax_mla.config import DTYPES, DeepSeekConfig
 
 
 def save(
@@ -33,10 +33,12 @@ def save(
 
     Holds `config.json` (its `dtype` that of the parameters), `generation_config.json`, and
     `model.safetensors`, or shards and their index. The folder appears complete or not at all:
-    everything is written to a hidden folder beside it, flushed to disk, and renamed.
+    everything is written to a hidden folder beside it, flushed to disk, and renamed. A `kimi_k2`
+    config keeps that model_type, as its checkpoints are published; transformers knows it only by
+    the code published with them, and as "deepseek_v3".
 
     Args:
-      folder: must not exist, or be empty; its parents are created.
+      folder: must not exist, or be empty; its parents are created. A link is followed.
       params: the tree of `jax_mla.init`; one floating dtype, but for the router's correction bias.
         Arrays may be spread over the devices of this process.
       config: what the parameters are for. Multi-token-prediction layers are not part of them.
@@ -51,7 +53,7 @@ def save(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
-    target = Path(folder).absolute()
+    target = Path(folder).resolve()  # what a link points to: a folder cannot replace the link
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty folder; nothing was written")
     leaves = leaves_of(config)
@@ -91,6 +93,11 @@ def _checked(params: Mapping[str, Any], leaves: tuple[Leaf, ...]) -> dict[tuple[
     arrays = _flatten(params)
     expected = {leaf.path: leaf for leaf in leaves}
     named = {path: ".".join(path) for path in arrays.keys() | expected.keys()}
+    strange = [path for path, array in arrays.items() if not hasattr(array, "dtype")]
+    refuse(
+        "the parameters are not arrays",
+        {"not an array": [f"{named[path]} is {type(arrays[path]).__name__}" for path in strange]},
+    )
     both = [path for path in expected if path in arrays]
     dtypes = {
         path: "float32" if expected[path].is_always_float32 else arrays[both[0]].dtype.name

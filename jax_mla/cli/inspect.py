@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_mla.checkpoint.folder import open_folder
+from jax_mla.checkpoint.matching import match
 from jax_mla.checkpoint.safetensors_file import StoredTensor
 from jax_mla.cli import report
 from jax_mla.cli.cache_size import cache_bytes_per_token
@@ -28,10 +29,12 @@ PARTS = (
     ("other", r""),
 )
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+EPILOG = "Exit code 1 when the tensors are not those that config.json describes; they are listed."
 FP8_SCALE = "_scale_inv"  # belongs to a weight: bytes, but no parameters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -40,11 +43,17 @@ def run(args: argparse.Namespace) -> int:
     folder = open_folder(args.folder)
     config = DeepSeekConfig.from_hf(folder.config)
     results = {"config": config.to_hf(), **summary(config, folder.tensors)}
+    try:
+        match(folder, config)
+        results["mismatch"] = None
+    except ValueError as error:
+        results["mismatch"] = str(error)
     if args.json:
         report.print_json(results)
     else:
         _print(args.folder, results)
-    return 0
+        print(results["mismatch"] or "the tensors are those that config.json describes")
+    return 0 if results["mismatch"] is None else 1
 
 
 def summary(config: DeepSeekConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "continue a prompt with the model of a folder",
     "inspect": "show what a checkpoint folder holds, and what its cache costs",
     "verify": "check a checkpoint's numbers, against golden data or against themselves",
+    "train": "train a model on files of text or tokens",
     "doctor": "show versions, devices and which kernels run here",
 }
 
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if args.traceback or not _is_of_the_machine(error):
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -53,6 +59,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         if name == chosen:
             importlib.import_module(f"jax_mla.cli.{name}").add_arguments(command)
     return parser
+
+
+def _is_of_the_machine(error: RuntimeError) -> bool:
+    """What jax says of a platform that is not there, or of memory that does not suffice."""
+    is_of_a_device = type(error).__name__ == "JaxRuntimeError"
+    return is_of_a_device or str(error).startswith("Unable to initialize backend")
 
 
 def _sentence(error: Exception) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_mla
+from jax_mla.inputs import check_tokens
 
 if TYPE_CHECKING:
     from jax_mla import DeepSeekConfig
@@ -43,11 +44,13 @@ def against_golden(
         step_logits [B new V], a greedy continuation with a cache.
 
     Raises:
-      ValueError: there are no input_ids, or nothing to compare with.
+      ValueError: there are no input_ids, nothing to compare with, or an array is not of the
+        model's sizes or comes without the one that belongs to it.
     """
     if "input_ids" not in golden:
         raise ValueError(f"golden data needs input_ids, found {sorted(golden)}")
-    tokens = jnp.asarray(golden["input_ids"], jnp.int32)
+    tokens = check_tokens(golden["input_ids"], config)
+    _check_golden(golden, config, *tokens.shape)
     rows = _compare_traces(
         jax_mla.forward_trace(params, config, tokens),
         config,
@@ -56,7 +59,7 @@ def against_golden(
         routing={
             layer: (golden[f"router_idx_{layer}"], golden[f"router_w_{layer}"])
             for layer in range(config.num_hidden_layers)
-            if f"router_idx_{layer}" in golden
+            if f"router_idx_{layer}" in golden  # and then router_w, too
         },
         logits=golden.get("logits"),
     )
@@ -65,6 +68,32 @@ def against_golden(
     if not rows:
         raise ValueError(f"golden data has nothing to compare with, found {sorted(golden)}")
     return rows
+
+
+def _check_golden(golden: Mapping[str, np.ndarray], config: DeepSeekConfig, B: int, T: int) -> None:
+    L, D, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    routing = (B * T, config.num_experts_per_tok)
+    wanted = {"logits": (B, T, V), "hidden_states": (L + 1, B, T, D)}
+    pairs = [("step_logits", "gen_ids")]
+    for layer in range(config.num_dense_layers, L):
+        index, weight = f"router_idx_{layer}", f"router_w_{layer}"
+        wanted |= {index: routing, weight: routing}
+        pairs += [(index, weight), (weight, index)]
+    for name, other in pairs:
+        if name in golden and other not in golden:
+            raise ValueError(f"golden data has {name}, but no {other}")
+    if "gen_ids" in golden:
+        shape = golden["gen_ids"].shape
+        if len(shape) != 2 or shape[0] != B or shape[1] <= T:
+            raise ValueError(f"gen_ids has shape {shape}, the prompts ({B}, {T}) must be in front")
+        wanted["step_logits"] = (B, shape[1] - T, V)
+        check_tokens(golden["gen_ids"], config)
+    for name in wanted.keys() & golden.keys():
+        array = golden[name]
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"{name} must hold numbers, the golden data has dtype {array.dtype}")
+        if array.shape != wanted[name]:
+            raise ValueError(f"{name} has shape {wanted[name]}, the golden data {array.shape}")
 
 
 def against_itself(params: Any, config: DeepSeekConfig, atol: float, seed: int) -> list[Comparison]:
@@ -157,17 +186,10 @@ def _sorted_routing(trace: ForwardTrace, config: DeepSeekConfig, layer: int):
 def _largest(tensor: str, got, want, atol: float) -> Comparison:
     """The largest error; the bound grows with the tensor's root mean square above 1."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    _check_shapes(tensor, got, want)
     scale = max(1.0, float(np.sqrt(np.mean(np.square(want)))))
     return Comparison(tensor, "largest error", float(np.max(np.abs(got - want))), atol * scale)
 
 
 def _differing(tensor: str, measure: str, got, want) -> Comparison:
     got, want = np.asarray(got), np.asarray(want)
-    _check_shapes(tensor, got, want)
     return Comparison(tensor, measure, float(np.sum(np.any(got != want, axis=-1))), 0.0)
-
-
-def _check_shapes(tensor: str, got: np.ndarray, want: np.ndarray) -> None:
-    if got.shape != want.shape:
-        raise ValueError(f"{tensor} has shape {got.shape}, the golden data {want.shape}")

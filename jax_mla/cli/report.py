@@ -1,14 +1,23 @@
 """How results are printed: rich tables on a terminal, aligned plain text in a pipe, or JSON."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 
 def print_json(report: dict[str, Any]) -> None:
-    """One indented JSON object on stdout."""
-    print(json.dumps(report, indent=2))
+    """One indented JSON object on stdout. JSON has no NaN and no infinity: they are null."""
+    print(json.dumps(_finite(report), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(of_key) for key, of_key in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

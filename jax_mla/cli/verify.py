@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--golden", type=Path, metavar="FILE.npz", help="arrays of a reference")
     parser.add_argument(
         "--atol",
-        type=float,
+        type=_tolerance,
         default=5e-5,
         help="largest error allowed, times a tensor's root mean square where that exceeds 1 "
         "(default 5e-5)",
@@ -32,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-
     import jax_mla
     from jax_mla.cli import parity
 
@@ -60,6 +60,17 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         print("everything agrees" if first is None else f"the first to deviate: {first}")
     return 0 if first is None else 1
+
+
+def _tolerance(word: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {word!r}")
+    return value
 
 
 def _read_golden(file: Path) -> dict[str, Any]:

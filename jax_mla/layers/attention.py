@@ -6,12 +6,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jax_mla.cache import check_positive
+from jax_mla.arrays import check_dtype, check_positive, concrete
 from jax_mla.layers.rope import rope_tables, rotate
 from jax_mla.layers.weight import project, weight
 from pallas_kernels import flash_attention, merge_attention
@@ -39,12 +37,12 @@ class KeyValueCache:
         """A cache of no tokens.
 
         Raises:
-          ValueError: a size is not positive.
+          ValueError: a size is not positive, or dtype is not float32, bfloat16 or float16.
         """
         check_positive(
             batch=batch, max_tokens=max_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim
         )
-        shape = (batch, max_tokens, num_kv_heads, head_dim)
+        shape, dtype = (batch, max_tokens, num_kv_heads, head_dim), check_dtype(dtype)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
 
@@ -57,7 +55,8 @@ class GroupedQueryAttention(nnx.Module):
       hidden_size: D. num_heads: N. num_kv_heads: G, a divisor of N. head_dim: width of a head.
 
     Raises:
-      ValueError: num_kv_heads does not divide num_heads, or head_dim is odd.
+      ValueError: a size is not positive, num_kv_heads does not divide num_heads, or head_dim is
+        odd.
 
     Source: Ainslie et al., arXiv 2305.13245.
     """
@@ -74,6 +73,10 @@ class GroupedQueryAttention(nnx.Module):
         stddev: float = 0.02,
         dtype: str = "float32",
     ):
+        check_positive(
+            hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+        )  # fmt: skip
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
         if head_dim % 2:
@@ -109,8 +112,8 @@ class GroupedQueryAttention(nnx.Module):
         batch, max_tokens = cache.keys.shape[:2]
         if x.shape[0] != batch:
             raise ValueError(f"the cache holds {batch} sequences, x has {x.shape[0]}")
-        if not isinstance(cache.lengths, Tracer) and cache.lengths.is_fully_addressable:
-            if (needed := int(np.max(cache.lengths)) + x.shape[1]) > max_tokens:
+        if (lengths := concrete(cache.lengths)) is not None:
+            if (needed := int(lengths.max()) + x.shape[1]) > max_tokens:
                 raise ValueError(
                     f"a sequence would hold {needed} tokens, the cache has room for {max_tokens}"
                 )

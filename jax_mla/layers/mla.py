@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jax_mla.cache import Cache, append, capacity, layer_pages
+from jax_mla.cache import Cache, append, cache_specs, capacity, layer_pages, renumber
 from jax_mla.config import DeepSeekConfig
+from jax_mla.layers.latent_attention import absorb_query, attend_cached, attend_new, value_up
 from jax_mla.layers.norm import LATENT_NORM_EPS, RMSNorm
 from jax_mla.layers.rope import rope_tables, rotate
 from jax_mla.layers.weight import constant, project, weight
-from pallas_kernels import MLADecodePlan, flash_attention, merge_attention, mla_decode
+from jax_mla.sharding import Placement
+from pallas_kernels import MLADecodePlan, merge_attention, mla_decode
 
 Form = Literal["expanded", "absorbed"]
 Tables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 # Operations that a GPU does in the time it moves one byte (an H200: 790 TFLOP/s over 4.3 TB/s).
 FLOP_PER_BYTE = 184
-# Cached tokens that the expanded form turns into keys and values at a time.
-CONTEXT_BLOCK = 512
 
 
 def resolve_form(
@@ -71,32 +73,6 @@ def choose_form(config: DeepSeekConfig, num_queries: int, num_cached: int) -> Fo
     return "expanded" if expanded < absorbed else "absorbed"
 
 
-def expand(
-    rows: Float[Array, "B S X"], k_b_proj: Float[Array, "N P C"], v_b_proj: Float[Array, "N H C"]
-) -> tuple[Float[Array, "B S N PR"], Float[Array, "B S N H"]]:
-    """Keys and values of every head from cached rows; the rotary key is shared by all heads."""
-    kv_c, k_pe = jnp.split(rows, [k_b_proj.shape[-1]], axis=-1)
-    k_nope = project("BSC,NPC->BSNP", kv_c, k_b_proj)
-    k_pe = jnp.broadcast_to(k_pe[:, :, None, :], (*k_nope.shape[:3], k_pe.shape[-1]))
-    return jnp.concatenate([k_nope, k_pe], axis=-1), project("BSC,NHC->BSNH", kv_c, v_b_proj)
-
-
-def absorb_query(
-    q_nope: Float[Array, "B T N P"], q_pe: Float[Array, "B T N R"], k_b_proj: Float[Array, "N P C"]
-) -> Float[Array, "B T N X"]:
-    """Queries that score cached rows directly: (q_nope @ W_UK, q_pe)."""
-    # Weights first: the other way round XLA's CPU backend takes six times as long for a few tokens.
-    q_c = project("NPC,BTNP->BTNC", k_b_proj.astype(q_nope.dtype), q_nope)
-    return jnp.concatenate([q_c, q_pe], axis=-1)
-
-
-def value_up(
-    out_c: Float[Array, "B T N C"], v_b_proj: Float[Array, "N H C"]
-) -> Float[Array, "B T N H"]:
-    """Head outputs from attention over latents: out_c @ W_UV."""
-    return project("BTNC,NHC->BTNH", out_c, v_b_proj)
-
-
 class MLA(nnx.Module):
     """Multi-head latent attention.
 
@@ -107,13 +83,16 @@ class MLA(nnx.Module):
     Args:
       config: reads the head sizes, ranks, rope and attention_bias. With q_lora_rank=None queries
         come from x directly.
+      placement: the mesh that weights and inputs will lie on; None on a single device.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1. Weight names are the checkpoints' own;
     kv_b_proj is kept as its two halves, k_b_proj (W_UK) and v_b_proj (W_UV).
     """
 
-    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self, config: DeepSeekConfig, *, rngs: nnx.Rngs, placement: Placement | None = None
+    ):
+        self.config, self.placement = config, placement
         D, N, Q, C = (
             config.hidden_size,
             config.num_attention_heads,
@@ -132,13 +111,11 @@ class MLA(nnx.Module):
         else:
             self.q_a_proj = weight(rngs, (D, Q), ("embed", "q_latent"), **options)
             self.q_a_layernorm = RMSNorm(Q, eps=LATENT_NORM_EPS, dtype=config.dtype)
-            self.q_b_proj = weight(
-                rngs, (Q, N, P + R), ("q_latent", "heads", "head_dim"), **options
-            )
+            self.q_b_proj = weight(rngs, (Q, N, P + R), ("latent", "heads", "head_dim"), **options)
         self.kv_a_proj_with_mqa = weight(rngs, (D, X), ("embed", "kv_latent"), **options)
         self.kv_a_layernorm = RMSNorm(C, eps=LATENT_NORM_EPS, dtype=config.dtype)
-        self.k_b_proj = weight(rngs, (N, P, C), ("heads", "head_dim", "kv_latent"), **options)
-        self.v_b_proj = weight(rngs, (N, H, C), ("heads", "head_dim", "kv_latent"), **options)
+        self.k_b_proj = weight(rngs, (N, P, C), ("heads", "head_dim", "latent"), **options)
+        self.v_b_proj = weight(rngs, (N, H, C), ("heads", "head_dim", "latent"), **options)
         self.o_proj = weight(rngs, (N, H, D), ("heads", "head_dim", "embed"), **options)
         if config.attention_bias:
             if Q is not None:
@@ -165,7 +142,10 @@ class MLA(nnx.Module):
         q_nope, q_pe = self._queries(x, tables)
         rows = self._rows(x, tables)
         form = resolve_form(form, self.config, x.shape[1], 0)
-        out, _ = self._attend_new(q_nope, q_pe, rows, form, segment_ids=segment_ids)
+        attend = functools.partial(
+            attend_new, config=self.config, form=form, sequence_axes=self._axes("sequence")
+        )
+        out, _ = self._map(attend)(q_nope, q_pe, rows, *self._up_projections(), segment_ids)
         return self._output(out, form)
 
     def decode(
@@ -178,15 +158,23 @@ class MLA(nnx.Module):
         plan: MLADecodePlan | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends T tokens of every sequence to the cache and attends them to it, absorbed."""
+        scale, axes = self.config.softmax_scale, self._axes("batch")
+
+        def attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, cache, layer, new, plan):
+            cache = append(renumber(cache, axes, -1), layer, rows, new)
+            pool, table = layer_pages(cache, layer)
+            q = absorb_query(q_nope, q_pe, k_b_proj).astype(pool.dtype)
+            out, _ = mla_decode(
+                q, pool, table, cache.lengths + new,
+                latent_dim=v_b_proj.shape[-1], scale=scale, plan=plan,
+            )  # fmt: skip
+            return out, renumber(cache, axes, 1)
+
         q_nope, q_pe = self._queries(x, tables)
         new = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
-        cache = append(cache, layer, self._rows(x, tables), new)
-        pool, table = layer_pages(cache, layer)
-        q = absorb_query(q_nope, q_pe, self.k_b_proj[...])
-        out = mla_decode(
-            q.astype(pool.dtype), pool, table, cache.lengths + new,
-            latent_dim=self.config.kv_lora_rank, scale=self.config.softmax_scale, plan=plan,
-        ).out  # fmt: skip
+        new_tokens = (q_nope, q_pe, self._rows(x, tables), *self._up_projections())
+        mapped = self._map_cached(attend, cache, sequence=None)
+        out, cache = mapped(*new_tokens, cache, layer, new, plan)
         return self._output(out.astype(x.dtype), "absorbed"), cache
 
     def prefill(
@@ -209,16 +197,66 @@ class MLA(nnx.Module):
         """
         num_cached = capacity(cache) - x.shape[1] if has_context else 0
         form = resolve_form(form, self.config, x.shape[1], max(num_cached, 0))
+        axes, sequence_axes = self._axes("batch"), self._axes("sequence")
+        options = {"config": self.config, "form": form}
+
+        def attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, cache, layer, num_new, _):
+            cache = renumber(cache, axes, -1)
+            weights = k_b_proj, v_b_proj
+            out, lse = attend_new(
+                q_nope, q_pe, rows, *weights,
+                lengths=num_new, sequence_axes=sequence_axes, **options,
+            )  # fmt: skip
+            if has_context:
+                context = attend_cached(q_nope, q_pe, *weights, cache, layer, **options)
+                out, _ = merge_attention(out, lse, *context)
+            if sequence_axes:
+                rows = jax.lax.all_gather(rows, sequence_axes, axis=1, tiled=True)
+            return out, renumber(append(cache, layer, rows, num_new), axes, 1)
+
         q_nope, q_pe = self._queries(x, tables)
-        rows = self._rows(x, tables)
-        out, lse = self._attend_new(q_nope, q_pe, rows, form, lengths=num_new)
-        if has_context:
-            attend = (
-                self._attend_cached_absorbed if form == "absorbed" else self._attend_cached_expanded
-            )
-            out, _ = merge_attention(out, lse, *attend(q_nope, q_pe, cache, layer))
-        cache = append(cache, layer, rows, num_new)
+        new_tokens = (q_nope, q_pe, self._rows(x, tables), *self._up_projections())
+        mapped = self._map_cached(attend, cache, sequence="sequence")
+        out, cache = mapped(*new_tokens, cache, layer, num_new, None)
         return self._output(out.astype(x.dtype), form), cache
+
+    def _map(self, attend: Callable[..., Any]) -> Callable[..., Any]:
+        """attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, segment_ids) on every device's share."""
+        if self.placement is None:
+            return attend
+        spec = self.placement.spec
+        heads, weight = spec("batch", "sequence", "heads", None), spec("heads", None, None)
+        rows, tokens = spec("batch", "sequence", None), spec("batch", "sequence")
+        return jax.shard_map(
+            attend,
+            mesh=self.placement.mesh,
+            in_specs=(heads, heads, rows, weight, weight, tokens),
+            out_specs=(heads, spec("batch", "sequence", "heads")),
+            check_vma=False,  # a kernel does not say over which axes its results vary
+        )
+
+    def _map_cached(
+        self, attend: Callable[..., Any], cache: Cache, *, sequence: str | None
+    ) -> Callable[..., Any]:
+        """attend(the first five of `_map`, cache, layer, num_new, plan) on every device's share."""
+        if self.placement is None:
+            return attend
+        spec = self.placement.spec
+        heads, weight = spec("batch", sequence, "heads", None), spec("heads", None, None)
+        rows, batch, pages = spec("batch", sequence, None), spec("batch"), cache_specs(cache, spec)
+        return jax.shard_map(
+            attend,
+            mesh=self.placement.mesh,
+            in_specs=(heads, heads, rows, weight, weight, pages, spec(), batch, batch),
+            out_specs=(heads, pages),
+            check_vma=False,
+        )
+
+    def _axes(self, logical_axis: str) -> tuple[str, ...]:
+        return () if self.placement is None else self.placement.axes(logical_axis)
+
+    def _up_projections(self) -> tuple[Array, Array]:
+        return self.k_b_proj[...], self.v_b_proj[...]
 
     def _tables(self, x):
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
@@ -242,53 +280,6 @@ class MLA(nnx.Module):
         kv_c, k_pe = jnp.split(row, [self.config.kv_lora_rank], axis=-1)
         k_pe = rotate(k_pe, *tables, interleaved=self.config.rope_interleave)
         return jnp.concatenate([self.kv_a_layernorm(kv_c), k_pe], axis=-1)
-
-    def _attend_new(self, q_nope, q_pe, rows, form, **masks):
-        if form == "expanded":
-            q = jnp.concatenate([q_nope, q_pe], axis=-1)
-            k, v = expand(rows, self.k_b_proj[...], self.v_b_proj[...])
-        else:
-            q = absorb_query(q_nope, q_pe, self.k_b_proj[...])
-            k = rows[:, :, None, :]
-            v = k[..., : self.config.kv_lora_rank]
-        return flash_attention(q, k, v, scale=self.config.softmax_scale, return_lse=True, **masks)
-
-    def _attend_cached_absorbed(self, q_nope, q_pe, cache, layer):
-        pool, table = layer_pages(cache, layer)
-        q = absorb_query(q_nope, q_pe, self.k_b_proj[...]).astype(pool.dtype)
-        C, scale = self.config.kv_lora_rank, self.config.softmax_scale
-        out, lse = mla_decode(
-            q, pool, table, cache.lengths, latent_dim=C, scale=scale, causal=False
-        )
-        return out.astype(q_nope.dtype), lse
-
-    def _attend_cached_expanded(self, q_nope, q_pe, cache, layer):
-        """Expands the cache a block at a time: no more than CONTEXT_BLOCK keys exist at once."""
-        pool, table = layer_pages(cache, layer)
-        page_size = pool.shape[1]
-        pages_a_block = -(-CONTEXT_BLOCK // page_size)
-        block = pages_a_block * page_size
-        q = jnp.concatenate([q_nope, q_pe], axis=-1)
-
-        def attend_block(i, carry):
-            slots = jnp.minimum(i * pages_a_block + jnp.arange(pages_a_block), table.shape[1] - 1)
-            rows = pool.at[table[:, slots]].get(mode="clip").reshape(q.shape[0], block, -1)
-            left = jnp.clip(cache.lengths - i * block, 0, block)
-            # Rows that hold no token may hold NaN, which a matmul of the weights would keep.
-            rows = jnp.where(jnp.arange(block)[None, :, None] < left[:, None, None], rows, 0)
-            k, v = expand(rows.astype(q.dtype), self.k_b_proj[...], self.v_b_proj[...])
-            scale = self.config.softmax_scale
-            out, lse = flash_attention(
-                q, k, v, causal=False, scale=scale, lengths=left, return_lse=True
-            )
-            return merge_attention(carry[0], carry[1], out, lse)
-
-        empty = (
-            jnp.zeros((*q.shape[:3], self.config.v_head_dim), jnp.float32),
-            jnp.full(q.shape[:3], -jnp.inf, jnp.float32),
-        )
-        num_blocks = -(-jnp.max(cache.lengths) // block)
-        return jax.lax.fori_loop(0, num_blocks, attend_block, empty)
 
     def _output(self, out, form):
         if form == "absorbed":

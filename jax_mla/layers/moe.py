@@ -10,18 +10,23 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jax_mla.config import DeepSeekConfig
+from jax_mla.layers.expert_parallel import Weights, apply_local, apply_on_mesh
 from jax_mla.layers.mlp import SwiGLU
 from jax_mla.layers.weight import constant, project, weight
-from pallas_kernels import grouped_matmul
+from jax_mla.sharding import Placement
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """The A experts that each token goes to, in no particular order, and their weights."""
+    """The A experts that each token goes to, in no particular order, and their weights.
+
+    `scores` are those of all experts, unbiased, for a balance loss; a layer does not read them.
+    """
 
     expert_index: Int[Array, "*B A"]
     expert_weight: Float[Array, "*B A"]
+    scores: Float[Array, "*B E"] | None = None
 
 
 def route(
@@ -50,7 +55,7 @@ def route(
     expert_weight = jnp.take_along_axis(scores, expert_index, axis=-1)
     if config.norm_topk_prob:
         expert_weight = expert_weight / (expert_weight.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(expert_index, expert_weight * config.routed_scaling_factor)
+    return Routing(expert_index, expert_weight * config.routed_scaling_factor, scores)
 
 
 def _keep_best_groups(
@@ -67,11 +72,7 @@ def _keep_best_groups(
 
 
 class Experts(nnx.Module):
-    """Feed-forward layers of one shape, applied to rows that are sorted by expert.
-
-    It may hold the experts of many layers as one pool; `first_expert` then says where a layer's
-    own begin.
-    """
+    """The weights of E feed-forward layers of one shape; of all layers' experts when pooled."""
 
     def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
         D, (E, _, F) = config.hidden_size, config.moe_sizes
@@ -80,18 +81,10 @@ class Experts(nnx.Module):
         self.up_proj = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), **options)
         self.down_proj = weight(rngs, (E, F, D), ("expert", "mlp", "embed"), **options)
 
-    def __call__(
-        self,
-        rows: Float[Array, "M D"],
-        group_sizes: Int[Array, " E"],
-        first_expert: int | Int[Array, ""] = 0,
-    ) -> Float[Array, "M D"]:
-        def multiply(rows, w):
-            w = w[...].astype(rows.dtype)
-            return grouped_matmul(rows, w, group_sizes, first_group=first_expert)
-
-        gate, up = multiply(rows, self.gate_proj), multiply(rows, self.up_proj)
-        return multiply(jax.nn.silu(gate) * up, self.down_proj)
+    def weights(self) -> Weights:
+        """With an axis of layers, which a pool has already."""
+        gate, up, down = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        return (gate, up, down) if gate.ndim == 4 else (gate[None], up[None], down[None])
 
 
 class MoE(nnx.Module):
@@ -102,18 +95,22 @@ class MoE(nnx.Module):
     Args:
       config: reads hidden_size, moe_intermediate_size, n_routed_experts, n_shared_experts,
         num_experts_per_tok and the router's fields.
+      placement: the mesh that weights and inputs will lie on; None on a single device.
 
     Cost: A + n_shared_experts feed-forward layers of width moe_intermediate_size a token.
     """
 
-    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self, config: DeepSeekConfig, *, rngs: nnx.Rngs, placement: Placement | None = None
+    ):
+        self.config, self.placement = config, placement
         D, (E, _, F) = config.hidden_size, config.moe_sizes
         options = {"stddev": config.initializer_range, "dtype": config.dtype}
-        self.gate = weight(rngs, (D, E), ("embed", "expert"), **options)
+        # Every device routes its own tokens over all experts, so the router is not split by them.
+        self.gate = weight(rngs, (D, E), ("embed", None), **options)
         if config.topk_method == "noaux_tc":
             # float32 in every checkpoint: it decides between scores that bfloat16 would make equal
-            self.e_score_correction_bias = constant(0.0, (E,), ("expert",), dtype="float32")
+            self.e_score_correction_bias = constant(0.0, (E,), (None,), dtype="float32")
         self.experts = Experts(config, rngs=rngs)
         if config.n_shared_experts:
             self.shared_experts = SwiGLU(D, F * config.n_shared_experts, rngs=rngs, **options)
@@ -124,42 +121,47 @@ class MoE(nnx.Module):
         has_bias = self.config.topk_method == "noaux_tc"
         # The bias balances load by its own rule (arXiv 2408.15664) and never sees a gradient.
         bias = jax.lax.stop_gradient(self.e_score_correction_bias[...]) if has_bias else None
-        flat = route(logits.reshape(-1, logits.shape[-1]), bias, self.config)
-        return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), flat)
+
+        def choose(logits, bias):
+            flat = route(logits.reshape(-1, logits.shape[-1]), bias, self.config)
+            return jax.tree.map(lambda leaf: leaf.reshape(*logits.shape[:-1], -1), flat)
+
+        if self.placement is not None:  # the compiler would gather all tokens for each top_k
+            tokens = self.placement.spec(*self.placement.of_tokens(logits))
+            choose = jax.shard_map(
+                choose,
+                mesh=self.placement.mesh,
+                in_specs=(tokens, self.placement.spec(None)),
+                out_specs=tokens,
+            )
+        return choose(logits, bias)
 
     def __call__(
         self,
         x: Float[Array, "*B D"],
         routing: Routing | None = None,
         *,
-        first_expert: int | Int[Array, ""] = 0,
+        expert_layer: int | Int[Array, ""] = 0,
     ) -> Float[Array, "*B D"]:
         """Applies the layer.
 
         Args:
+          x: under a mesh [B, T, D].
           routing: replaces the router's own choice.
-          first_expert: see `Experts`.
+          expert_layer: of a pool of experts, which layer's to take.
         """
         routing = self.route(x) if routing is None else routing
-        y = self._routed(x, routing, first_expert)
+        y = self._routed(x, routing, expert_layer)
         if self.config.n_shared_experts:
             y = y + self.shared_experts(x)
         return y
 
-    def _routed(self, x, routing: Routing, first_expert):
-        num_experts, active, _ = self.config.moe_sizes
-        tokens = x.reshape(-1, x.shape[-1])
-        expert_of_row = routing.expert_index.reshape(-1)
-        order = jnp.argsort(expert_of_row)
-        group_sizes = jnp.bincount(expert_of_row, length=num_experts)
-        rows = self.experts(tokens[order // active], group_sizes, first_expert)
-        by_token = rows[jnp.argsort(order)].reshape(-1, active, x.shape[-1])
-        y = _combine(by_token, routing.expert_weight.reshape(-1, active))
-        return y.astype(x.dtype).reshape(x.shape)
-
-
-@jax.checkpoint  # keeps the outputs in their own dtype for the backward pass, not in float32
-def _combine(by_token: Float[Array, "M A D"], weights: Float[Array, "M A"]) -> Float[Array, "M D"]:
-    """Each token's expert outputs, weighted and added in float32."""
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.einsum("MAD,MA->MD", by_token.astype(jnp.float32), weights, precision=highest)
+    def _routed(self, x, routing: Routing, expert_layer):
+        index, weight = routing.expert_index, routing.expert_weight
+        weights = self.experts.weights()
+        if self.placement is not None:
+            y = apply_on_mesh(x, index, weight, weights, expert_layer, self.placement)
+        else:
+            flat, index, weight = (a.reshape(-1, a.shape[-1]) for a in (x, index, weight))
+            y = apply_local(flat, index, weight, weights, expert_layer).reshape(x.shape)
+        return y.astype(x.dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jax_mla.arrays import check_positive
 from jax_mla.layers.weight import constant
 
 # The norms of the two latents use this epsilon whatever the config's rms_norm_eps is.
@@ -32,14 +33,21 @@ class RMSNorm(nnx.Module):
       dim: size of the last axis.
       eps: added to the mean square before the root.
 
+    Raises:
+      ValueError: dim is not positive, or the last axis of an x is not dim.
+
     Source: Zhang & Sennrich, arXiv 1910.07467.
     """
 
     def __init__(
         self, dim: int, *, eps: float = 1e-6, logical_axis: str = "norm", dtype: str = "float32"
     ):
+        check_positive(dim=dim)
         self.eps = eps
         self.weight = constant(1.0, (dim,), (logical_axis,), dtype=dtype)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.weight[...], self.eps)
+        weight = self.weight[...]
+        if x.shape[-1:] != weight.shape:
+            raise ValueError(f"x has shape {x.shape}, the norm a weight of {weight.shape}")
+        return rms_norm(x, weight, self.eps)

@@ -10,7 +10,7 @@ from flax import nnx
 def weight(
     rngs: nnx.Rngs,
     shape: tuple[int, ...],
-    logical_axes: tuple[str, ...],
+    logical_axes: tuple[str | None, ...],
     *,
     stddev: float,
     dtype: str,
@@ -24,7 +24,7 @@ def weight(
 
 
 def constant(
-    value: float, shape: tuple[int, ...], logical_axes: tuple[str, ...], *, dtype: str
+    value: float, shape: tuple[int, ...], logical_axes: tuple[str | None, ...], *, dtype: str
 ) -> nnx.Param:
     """A parameter that starts at one value: norm scales at 1, biases at 0."""
     return nnx.Param(jnp.full(shape, value, dtype), logical_axes=logical_axes)

@@ -1,6 +1,41 @@
-"""Training: the loss and the router's load balancing."""
+"""Training: loss, recipe, state and step; data, checkpoints and the loop that joins them."""
 
-from jax_mla.training.loss import NextTokenLoss, next_token_loss
+from jax_mla.training.checkpoints import Checkpoints, Restored
+from jax_mla.training.data import TokenRows, read_tokens
+from jax_mla.training.loss import NextTokenLoss, next_token_loss, sequence_balance
+from jax_mla.training.optimizer import make_optimizer
+from jax_mla.training.precision import Precision
+from jax_mla.training.recipe import Recipe
 from jax_mla.training.router_bias import expert_load, update_router_bias
+from jax_mla.training.run import StepReport, TrainResult, train
+from jax_mla.training.schedule import cosine, warmup_stable_decay
+from jax_mla.training.state import TrainState, abstract_state, init_state, state_shardings
+from jax_mla.training.step import Batch, StepMetrics, place_batch, train_step
 
-__all__ = ["NextTokenLoss", "expert_load", "next_token_loss", "update_router_bias"]
+__all__ = [
+    "Batch",
+    "Checkpoints",
+    "NextTokenLoss",
+    "Precision",
+    "Recipe",
+    "Restored",
+    "StepMetrics",
+    "StepReport",
+    "TokenRows",
+    "TrainResult",
+    "TrainState",
+    "abstract_state",
+    "cosine",
+    "expert_load",
+    "init_state",
+    "make_optimizer",
+    "next_token_loss",
+    "place_batch",
+    "read_tokens",
+    "sequence_balance",
+    "state_shardings",
+    "train",
+    "train_step",
+    "update_router_bias",
+    "warmup_stable_decay",
+]

@@ -1,15 +1,23 @@
-"""The language-modelling loss."""
+"""The language-modelling loss, in chunks: no array of all logits ever exists."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
-import optax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from jax_mla import inputs
 from jax_mla.config import DeepSeekConfig
-from jax_mla.functional import Params, forward_trace
+from jax_mla.functional import Params, bind
+from jax_mla.layers.block import Remat
+from jax_mla.layers.moe import Routing
+from jax_mla.sharding import ShardingRules
+from jax_mla.training.precision import Precision
 from jax_mla.training.router_bias import expert_load
 
 
@@ -21,33 +29,185 @@ class NextTokenLoss:
     Attributes:
       loss: mean negative log-likelihood in nats a token.
       load: tokens of each expert of each MoE layer; None without MoE layers.
+      num_tokens: tokens whose prediction is counted.
+      z_loss: mean of log(sum(exp(logits))) ** 2, to be added with a small factor (1e-4).
+      balance_loss: `sequence_balance` added up over layers, mean over rows; 0 without MoE layers.
     """
 
     loss: Float[Array, ""]
     load: Int[Array, "L E"] | None
+    num_tokens: Int[Array, ""]
+    z_loss: Float[Array, ""]
+    balance_loss: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """The same before division, so that parts of a batch can be added up; or all shapes of it."""
+
+    nll: Any
+    squared_lse: Any
+    balance: Any
+    load: Any
 
 
 def next_token_loss(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    loss_mask: Bool[Array | np.ndarray, "B T"] | None = None,
+    precision: Precision | None = None,
+    remat: Remat = "none",
+    chunk_tokens: int = 4096,
+    rules: ShardingRules | None = None,
 ) -> NextTokenLoss:
     """Mean of -log p(tokens[:, t + 1] | tokens[:, : t + 1]) over all positions but the last.
 
     Args:
       segment_ids: of packed sequences; the step from one segment to the next is not counted.
+      loss_mask: True for tokens whose prediction counts: the answers, and not the prompts, of
+        supervised fine-tuning. All are read as context. A batch without any has loss 0.
+      precision: None computes in the dtype of the parameters.
+      remat: what of each block the backward pass computes again: "none", "dots" (all but the
+        outputs of projections) or "full".
+      chunk_tokens: tokens of the batch whose logits exist at one time, here and in the backward
+        pass, which computes them again.
+      rules: those by which the parameters lie on their mesh; None takes the defaults.
 
     Raises:
-      ValueError: rows hold fewer than 2 tokens.
+      ValueError: rows hold fewer than 2 tokens, shapes disagree, or chunk_tokens is below 1.
+
+    Cost: that of `forward`, and chunk_tokens * V float32 numbers instead of its logits.
     """
+    tokens = inputs.check_tokens(tokens, config)
+    inputs.check_same_shape(tokens, segment_ids=segment_ids, loss_mask=loss_mask)
     if tokens.shape[1] < 2:
         raise ValueError(
             f"a loss needs at least 2 tokens a row, got tokens of shape {tokens.shape}"
         )
-    trace = forward_trace(params, config, tokens, segment_ids=segment_ids)
-    losses = optax.softmax_cross_entropy_with_integer_labels(trace.logits[:, :-1], tokens[:, 1:])
-    is_counted = None if segment_ids is None else segment_ids[:, 1:] == segment_ids[:, :-1]
-    load = None if trace.expert_index is None else expert_load(trace.expert_index, config)
-    return NextTokenLoss(losses.mean(where=is_counted), load)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    options = {
+        "precision": precision,
+        "remat": remat,
+        "chunk_tokens": chunk_tokens,
+        "rules": rules,
+    }
+    return _next_token_loss(params, config, tokens, segment_ids, loss_mask, **options)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "precision", "remat", "chunk_tokens", "rules")
+)
+def _next_token_loss(params, config, tokens, segment_ids, loss_mask, **options):
+    is_counted = counted(tokens, segment_ids, loss_mask)
+    sums = loss_sums(params, config, tokens, is_counted, segment_ids, **options)
+    num_tokens = is_counted.sum()
+    count = jnp.maximum(num_tokens, 1)
+    return NextTokenLoss(
+        loss=sums.nll / count,
+        load=sums.load,
+        num_tokens=num_tokens,
+        z_loss=sums.squared_lse / count,
+        balance_loss=sums.balance / tokens.shape[0],
+    )
+
+
+def counted(
+    tokens: Int[Array | np.ndarray, "B T"],
+    segment_ids: Int[Array | np.ndarray, "B T"] | None,
+    loss_mask: Bool[Array | np.ndarray, "B T"] | None,
+) -> Bool[Array, "B T"]:
+    """Whether the prediction made at each position is of a token that counts."""
+    is_counted = jnp.ones(tokens[:, 1:].shape, bool)
+    if segment_ids is not None:
+        is_counted &= segment_ids[:, 1:] == segment_ids[:, :-1]
+    if loss_mask is not None:
+        is_counted &= loss_mask[:, 1:].astype(bool)
+    return jnp.pad(is_counted, ((0, 0), (0, 1)))
+
+
+def loss_sums(
+    params: Params,
+    config: DeepSeekConfig,
+    tokens: Int[Array | np.ndarray, "B T"],
+    is_counted: Bool[Array | np.ndarray, "B T"],
+    segment_ids: Int[Array | np.ndarray, "B T"] | None,
+    *,
+    precision: Precision | None,
+    remat: Remat,
+    chunk_tokens: int,
+    rules: ShardingRules | None,
+) -> LossSums:
+    """What `next_token_loss` divides; for the inside of a jit."""
+
+    def observe(routing: Routing):
+        return expert_load(routing.expert_index, config), sequence_balance(routing).sum()
+
+    trunk = bind(params if precision is None else precision.to_compute(params), config, rules)
+    tokens = jnp.asarray(tokens)
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+    x, observed = trunk.hidden_states(tokens, segment_ids=segment_ids, remat=remat, observe=observe)
+    load, balance = (None, jnp.zeros(())) if observed is None else observed
+    # The head narrows the weights as they were given, so that its gradients are summed over the
+    # chunks in their dtype and not in that of the activations.
+    model = bind(params, config, rules)
+    logits_dtype = "float32" if precision is None else precision.logits
+    nll, squared_lse = _summed_over_chunks(
+        lambda x: model.head(x).astype(logits_dtype).astype(jnp.float32),
+        x,
+        jnp.roll(tokens, -1, axis=1),
+        is_counted,
+        chunk_tokens,
+    )
+    return LossSums(nll, squared_lse, balance.sum(), load)
+
+
+def sequence_balance(routing: Routing) -> Float[Array, " B"]:
+    """sum_e f[e] * P[e] of each row: 1 where its tokens are spread evenly over the experts.
+
+    f[e] = E / (A * T) * the tokens of the row that were sent to expert e, P[e] = the mean over the
+    row of score[e] / sum(scores). All tokens of a row count as one sequence. Only P has a gradient.
+
+    Args:
+      routing: of [B, T] tokens, with scores.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20.
+    """
+    scores, (num_rows, _, active) = routing.scores, routing.expert_index.shape
+    assert scores is not None
+    num_experts = scores.shape[-1]
+    flat = routing.expert_index.reshape(num_rows, -1)
+    count = jax.vmap(lambda index: jnp.bincount(index, length=num_experts))(flat)
+    f = count * (num_experts / (active * scores.shape[1]))
+    p = (scores / scores.sum(axis=-1, keepdims=True)).mean(axis=1)
+    return (f * p).sum(axis=-1)
+
+
+def _summed_over_chunks(head, x, labels, is_counted, chunk_tokens) -> tuple[Array, Array]:
+    """Sums of -log p(label) and of lse ** 2; only a chunk's logits exist at one time."""
+    batch, num_positions, _ = x.shape
+    num_chunks = min(-(-batch * num_positions // chunk_tokens), num_positions)
+
+    def split(a):
+        # Chunk i takes the positions i, i + num_chunks, ...: where T is spread over devices, each
+        # of them has a part of every chunk.
+        a = jnp.pad(a, ((0, 0), (0, -num_positions % num_chunks), *((0, 0),) * (a.ndim - 2)))
+        return jnp.moveaxis(a.reshape(batch, -1, num_chunks, *a.shape[2:]), 2, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def add(sums, chunk):
+        x, labels, is_counted = chunk
+        logits = head(x)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        # A comparison instead of a gather, which would collect logits that are split over V.
+        is_label = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
+        nll = lse - jnp.where(is_label, logits, 0).sum(axis=-1)
+        terms = (jnp.where(is_counted, term, 0).sum() for term in (nll, jnp.square(lse)))
+        return tuple(a + b for a, b in zip(sums, terms, strict=True)), None
+
+    chunks = (split(x), split(labels), split(is_counted))
+    return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), chunks)[0]

@@ -10,10 +10,11 @@ from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params
 
 
-def expert_load(expert_index: Int[Array, "L B T A"], config: DeepSeekConfig) -> Int[Array, "L E"]:
-    """How many tokens of a batch each expert of each layer was given."""
-    flat = expert_index.reshape(expert_index.shape[0], -1)
-    return jax.vmap(lambda index: jnp.bincount(index, length=config.n_routed_experts))(flat)
+def expert_load(expert_index: Int[Array, "*L B T A"], config: DeepSeekConfig) -> Int[Array, "*L E"]:
+    """How many tokens of a batch each expert was given, of one layer or of each layer."""
+    if expert_index.ndim == 3:
+        return jnp.bincount(expert_index.reshape(-1), length=config.n_routed_experts)
+    return jax.vmap(lambda of_layer: expert_load(of_layer, config))(expert_index)
 
 
 def update_router_bias(params: Params, load: Int[Array, "L E"], rate: float) -> Params:

@@ -13,9 +13,13 @@ from pallas_kernels.checks import (
     require_integer,
     require_rank,
 )
+from pallas_kernels.flash_attention.launch_sm90 import flash_attention_sm90, why_not
 from pallas_kernels.flash_attention.reference import flash_attention_reference
 
-IMPLEMENTATIONS = (dispatch.Implementation("xla", flash_attention_reference),)
+IMPLEMENTATIONS = (
+    dispatch.Implementation("mosaic_gpu", flash_attention_sm90, why_not),
+    dispatch.Implementation("xla", flash_attention_reference),
+)
 
 
 @overload
@@ -62,7 +66,7 @@ def flash_attention(  # pyright: ignore[reportInconsistentOverload]: the overloa
       lengths: keys at positions >= lengths[b] are never seen, and may hold NaN. A query that sees
         nothing gives out = 0, lse = -inf and no gradient.
       return_lse: also return the natural log of the sum of exponentials.
-      deterministic: gradients are bitwise reproducible. "xla" always is.
+      deterministic: gradients are bitwise reproducible. Those of both implementations always are.
       implementation: None chooses the fastest that can run here; a name insists on it.
 
     Returns:

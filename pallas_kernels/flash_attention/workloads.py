@@ -1,17 +1,21 @@
 """Shapes of flash attention that tests, tuning and the benchmark share."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import dispatch
 from pallas_kernels.flash_attention.api import flash_attention
+
+Forward = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> out
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Self-attention of S tokens, forward or forward and backward."""
+    """Self-attention of S tokens, forward or backward; packed from documents where it says so."""
 
     B: int
     S: int
@@ -21,57 +25,93 @@ class Workload:
     H: int
     causal: bool = True
     is_backward: bool = False
+    num_documents: int = 1
     dtype: str = "bfloat16"
 
     @property
     def name(self) -> str:
         direction = "backward" if self.is_backward else "forward"
         mask = "causal" if self.causal else "full"
-        sizes = f"B{self.B}-S{self.S}-N{self.N}-G{self.G}-K{self.K}-H{self.H}"
+        packed = f"-packed{self.num_documents}" if self.num_documents > 1 else ""
+        sizes = f"B{self.B}-S{self.S}{packed}-N{self.N}-G{self.G}-K{self.K}-H{self.H}"
         return f"{direction}-{mask}-{sizes}-{self.dtype}"
 
-    def arrays(self) -> tuple[jax.Array, ...]:
+    def document_lengths(self) -> np.ndarray:
+        """Of every sequence: borders drawn uniformly."""
+        rng = np.random.default_rng(0)
+        borders = np.sort(rng.choice(np.arange(1, self.S), self.num_documents - 1, replace=False))
+        return np.diff(np.concatenate([[0], borders, [self.S]]))
+
+    def arrays(self, seed: int = 0) -> tuple[jax.Array, ...]:
         """q, k, v, and the cotangent of out."""
         shapes = [(self.N, self.K), (self.G, self.K), (self.G, self.H), (self.N, self.H)]
-        keys = jax.random.split(jax.random.key(0), len(shapes))
+        keys = jax.random.split(jax.random.key(seed), len(shapes))
         return tuple(
             jax.random.normal(key, (self.B, self.S, *shape), self.dtype)
             for key, shape in zip(keys, shapes, strict=True)
         )
 
-    def function(self, implementation: dispatch.Name | None):
-        """What the benchmark times."""
+    def prepare(self, arrays, implementation: str | Forward | None) -> tuple:
+        """Arguments of `function`: q, k, v, or the pullback and the cotangent."""
+        q, k, v, dout = arrays
+        if not self.is_backward:
+            return q, k, v
+        forward = functools.partial(self._forward, implementation)
+        return jax.vjp(jax.jit(forward), q, k, v)[1], dout
 
-        def forward(q, k, v):
-            return flash_attention(q, k, v, causal=self.causal, implementation=implementation)
+    def function(self, implementation: str | Forward | None):
+        """What the benchmark times; a backward pass is timed without the forward one."""
+        if self.is_backward:
+            return lambda pullback, dout: pullback(dout)
+        return functools.partial(self._forward, implementation)
 
-        def run(q, k, v, dout):
-            if not self.is_backward:
-                return forward(q, k, v)
-            return jax.vjp(forward, q, k, v)[1](dout)
-
-        return run
+    def _forward(self, implementation, q, k, v):
+        if callable(implementation):
+            return implementation(q, k, v)
+        segment_ids = None
+        if self.num_documents > 1:
+            ids = np.repeat(np.arange(self.num_documents, dtype=np.int32), self.document_lengths())
+            segment_ids = jnp.broadcast_to(ids, (self.B, self.S))
+        return flash_attention(
+            q, k, v, causal=self.causal, segment_ids=segment_ids, implementation=implementation
+        )
 
     @property
     def flops(self) -> int:
-        """Two matmuls forward; a backward run has those, to get lse, and five of its own."""
-        columns = 4 * self.K + 3 * self.H if self.is_backward else self.K + self.H
-        return 2 * self.B * self.N * self.S * self.S * columns // (2 if self.causal else 1)
+        """Two matmuls forward, five backward; causal and packing halve or leave out pairs."""
+        columns = 3 * self.K + 2 * self.H if self.is_backward else self.K + self.H
+        pairs = int(np.sum(self.document_lengths() ** 2))
+        return 2 * self.B * self.N * pairs * columns // (2 if self.causal else 1)
 
     @property
     def bytes(self) -> int:
-        tensors = self.N * (self.K + self.H) + self.G * (self.K + self.H)
-        passes = 3 if self.is_backward else 1
-        return passes * self.B * self.S * tensors * jnp.dtype(self.dtype).itemsize
+        """Inputs and outputs once: backward reads five tensors and writes three."""
+        q, k = self.N * self.K, self.G * self.K
+        v, out = self.G * self.H, self.N * self.H
+        numbers = 2 * (q + k + v) + 2 * out if self.is_backward else q + k + v + out
+        return self.B * self.S * numbers * jnp.dtype(self.dtype).itemsize
+
+
+def _sizes(S: int, **options) -> Workload:
+    """16k tokens at least."""
+    return Workload(B=max(1, 16384 // S), S=S, H=128, **options)
 
 
 WORKLOADS = [
-    Workload(B=1, S=S, N=N, G=N, K=K, H=128, causal=causal, is_backward=is_backward)
+    _sizes(S, N=N, G=N, K=K, causal=causal, is_backward=is_backward)
     for is_backward in (False, True)
     for K in (192, 128)
     for N in (16, 128)
     for causal in (True, False)
     for S in (1024, 4096, 16384, 32768)
+] + [
+    _sizes(32768, N=16, G=16, K=192, num_documents=16, is_backward=is_backward)
+    for is_backward in (False, True)
+]
+SMOKE = [
+    _sizes(16384, N=16, G=16, K=K, is_backward=is_backward)
+    for is_backward in (False, True)
+    for K in (192, 128)
 ]
 QUICK = [
     Workload(B=16, S=256, N=6, G=6, K=48, H=32, is_backward=is_backward, dtype="float32")

@@ -29,13 +29,17 @@ class Workload:
     def group_sizes(self) -> np.ndarray:
         return np.random.default_rng(0).multinomial(self.M, np.full(self.E, 1 / self.E))
 
-    def arrays(self) -> tuple[jax.Array, ...]:
+    def arrays(self, seed: int = 0) -> tuple[jax.Array, ...]:
         """lhs, rhs, group_sizes, and the cotangent of the result."""
-        keys = jax.random.split(jax.random.key(0), 3)
+        keys = jax.random.split(jax.random.key(seed), 3)
         lhs = jax.random.normal(keys[0], (self.M, self.K), self.dtype)
         rhs = jax.random.normal(keys[1], (self.E, self.K, self.N), self.dtype) / self.K**0.5
         dout = jax.random.normal(keys[2], (self.M, self.N), self.dtype)
         return lhs, rhs, jnp.asarray(self.group_sizes(), jnp.int32), dout
+
+    def prepare(self, arrays: tuple, implementation: str | None) -> tuple:
+        """Arguments of `function`."""
+        return arrays
 
     def function(self, implementation: dispatch.Name | None):
         """What the benchmark times."""
@@ -71,6 +75,7 @@ WORKLOADS = [
     Workload(M=49152, E=64, K=2048, N=1408),
     Workload(M=49152, E=64, K=2048, N=1408, is_backward=True),
 ]
+SMOKE = [WORKLOADS[1]]
 QUICK = [
     Workload(M=4, E=16, K=512, N=704, dtype="float32"),
     Workload(M=32, E=16, K=512, N=704, dtype="float32"),

@@ -13,10 +13,21 @@ from pallas_kernels.checks import (
     require_integer,
     require_rank,
 )
+from pallas_kernels.mla_decode import config_sm90
 from pallas_kernels.mla_decode.plan import MLADecodePlan
 from pallas_kernels.mla_decode.reference import mla_decode_reference
 
-IMPLEMENTATIONS = (dispatch.Implementation("xla", mla_decode_reference),)
+
+def _mosaic_gpu(*args, **kwargs):
+    from pallas_kernels.mla_decode import mosaic_gpu_sm90  # slow: it imports Mosaic GPU
+
+    return mosaic_gpu_sm90.mla_decode_sm90(*args, **kwargs)
+
+
+IMPLEMENTATIONS = (
+    dispatch.Implementation("mosaic_gpu", _mosaic_gpu, config_sm90.why_not),
+    dispatch.Implementation("xla", mla_decode_reference),
+)
 
 
 class MLADecodeOutput(NamedTuple):
@@ -58,7 +69,8 @@ def mla_decode(
         all lengths[b] tokens.
       plan: the split of the work over the GPU, from mla_decode_plan; None computes it here. One
         plan serves all layers of a step. "xla" does not use it.
-      implementation: None chooses the fastest that can run here; a name insists on it.
+      implementation: None chooses the fastest that can run here; a name insists on it. "mosaic_gpu"
+        is for Hopper GPUs, bfloat16 or float16, pages of 64 or 128 tokens, C a multiple of 64.
 
     Returns:
       out in q's dtype, and lse, the natural log of the sum of exponentials.
@@ -107,6 +119,10 @@ def _check(q, kv_pages, page_table, lengths, latent_dim, plan):
     require(kv_pages.shape[2] == X, f"{op}: kv_pages has rows of {kv_pages.shape[2]}, q of {X}")
     require(page_table.shape[0] == B, f"{op}: page_table has batch {page_table.shape[0]}, q {B}")
     require(lengths.shape[0] == B, f"{op}: lengths has batch {lengths.shape[0]}, q {B}")
+    require(
+        isinstance(latent_dim, int | np.integer),
+        f"{op}: latent_dim must be an integer, got {latent_dim!r}",
+    )
     require(0 < latent_dim <= X, f"{op}: latent_dim {latent_dim} is not within 1 and the row's {X}")
     if plan is not None:
         _check_plan(plan, q, kv_pages)

@@ -55,9 +55,10 @@ def mla_decode_plan(
     """Splits the pages of a batch evenly over the multiprocessors of a GPU.
 
     Every request costs its pages (one at least) and a fixed overhead. The costs, laid end to end,
-    are cut at multiples of ceil(total / num_parts), where num_parts = max(num_sms //
-    ceil(num_rows / 64), 1). Starting inside a request costs the overhead once more, so no part
-    costs more than that multiple and one overhead.
+    are cut at multiples of a share, for num_parts = max(num_sms // ceil(num_rows / 64), 1) parts.
+    Starting inside a request costs the overhead once more, so no part costs more than the share
+    and one overhead. The share is ceil(total / num_parts), or up to one overhead more if that makes
+    the largest part smaller, as where it leaves requests whole.
 
     Depends on lengths alone: compute it once a step, outside of the loop over layers. Jits.
 
@@ -70,7 +71,7 @@ def mla_decode_plan(
     Raises:
       ValueError: a size is not positive, or a length is negative.
 
-    Cost: O((B + num_parts) log B) on the device.
+    Cost: O((B + num_parts) log B) on the device, for every share tried (six with pages of 64).
     Source: tile scheduler of FlashMLA, whose serial walk is a prefix sum and a search here.
     """
     op = "mla_decode_plan"
@@ -95,8 +96,19 @@ def _plan(lengths, num_parts, page_size, num_rows):
     overhead = -(-REQUEST_OVERHEAD_TOKENS // page_size)
     pages = jnp.maximum(-(-lengths.astype(jnp.int32) // page_size), 1)
     end = jnp.cumsum(pages + overhead)
+    cut = functools.partial(_cut, pages, end, num_parts=num_parts, overhead=overhead)
+    # A larger share may cut between requests, where a smaller one cuts inside of them. Of equals
+    # the first is taken, and that is the largest: it leaves the fewest splits to combine.
+    shares = -(-end[-1] // num_parts) + jnp.arange(overhead, -1, -1)
+    largest_cost, fields = jax.vmap(cut)(shares)
+    best = jnp.argmin(largest_cost)
+    fields = {name: values[best] for name, values in fields.items()}
+    return MLADecodePlan(**fields, page_size=page_size, num_rows=num_rows)
+
+
+def _cut(pages, end, share, *, num_parts, overhead):
+    """Cost of the largest part, and the fields of the plan, when costs are cut every `share`."""
     begin = end - pages - overhead
-    share = -(-end[-1] // num_parts)
     # Page j of request b lies at begin[b] + overhead + j on the line of costs, in part .. // share.
     first_part = (begin + overhead) // share
     last_part = (end - 1) // share
@@ -111,13 +123,13 @@ def _plan(lengths, num_parts, page_size, num_rows):
     ends_inside = page[1:] > 0
     end_request = jnp.where(ends_inside, request[1:], request[1:] - 1)
     last_page = pages[jnp.maximum(end_request, 0)]
-    return MLADecodePlan(
+    border = jnp.where(page > 0, cuts, jnp.where(request < len(pages), begin[inside], end[-1]))
+    cost = border[1:] - border[:-1] + jnp.where(page[:-1] > 0, overhead, 0)
+    return jnp.max(cost), dict(
         begin_request=request[:-1],
         begin_page=page[:-1],
         end_request=end_request,
         end_page=jnp.where(ends_inside, page[1:], last_page),
         begin_split=jnp.where(page[:-1] > 0, part - first_part[inside[:-1]], 0),
         num_splits=num_splits,
-        page_size=page_size,
-        num_rows=num_rows,
     )

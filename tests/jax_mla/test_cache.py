@@ -73,6 +73,11 @@ def test_sizes():
     )
 
 
+def test_a_page_table_may_be_a_list():
+    cache = jax_mla.PagedLatentCache.empty(CONFIG, 4, page_table=[[0, 1], [2, 3]])
+    assert cache.page_table.tolist() == [[0, 1], [2, 3]] and cache.page_table.dtype == jnp.int32
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -91,11 +96,31 @@ def test_sizes():
         ),
         (
             lambda: jax_mla.PagedLatentCache.empty(CONFIG, 2, page_table=np.zeros((1, 2))),
-            "must hold integers, got dtype float",
+            "page_table must be integers, got dtype float",
         ),
+        (
+            lambda: jax_mla.PagedLatentCache.empty(CONFIG, 4, page_table=np.array([[2**32, 1]])),
+            "page_table must fit into 32 bits, got 4294967296",
+        ),
+        (
+            lambda: jax_mla.PagedLatentCache.empty(CONFIG, 4, page_table=[[0, 1], [2]]),
+            r"page_table must be an array, got \[\[0, 1\], \[2\]\]",
+        ),
+        (
+            lambda: jax_mla.LatentCache.empty(CONFIG, 2, 8, dtype="int32"),
+            "dtype int32 is not one of float32, bfloat16, float16",
+        ),
+        (
+            lambda: jax_mla.LatentCache.empty(CONFIG, 2, 8, dtype=jnp.float8_e4m3fn),
+            "dtype float8_e4m3fn is not one of",
+        ),
+        (lambda: jax_mla.PagedLatentCache.empty(CONFIG, 2, dtype="foo"), "dtype foo is not one of"),
     ],
-    ids=["batch", "max_tokens", "num_pages", "page_table", "floats"],
-)
+    ids=[
+        "batch", "max_tokens", "num_pages", "page_table", "floats", "wide", "ragged", "int32",
+        "float8", "foo",
+    ],
+)  # fmt: skip
 def test_bad_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

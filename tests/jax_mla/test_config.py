@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,44 @@ def test_old_and_new_spelling_of_rope_are_one_config():
     assert plain.rope_scaling is None and plain.rope_theta == 7
 
 
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
+    "original_max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+def test_longrope_keeps_its_factor_and_both_tables():
+    hf = {
+        "model_type": "minicpm3",
+        "rope_parameters": LONGROPE | {"factor": 4, "mscale_all_dim": 1},
+    }
+    config = DeepSeekConfig.from_hf(hf)
+    scaling = config.rope_scaling
+    assert scaling.cos_sin_factor == pytest.approx((1 + math.log(4) / math.log(32768)) ** 0.5)
+    assert config.softmax_scale == pytest.approx(96**-0.5 * (0.1 * math.log(4) + 1) ** 2)
+    assert scaling.long_factor == (2.0,) * 16 and scaling.max_tokens == 32768
+    assert DeepSeekConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    without = DeepSeekConfig.from_hf({"model_type": "minicpm3", "rope_parameters": LONGROPE})
+    assert without.rope_scaling.factor == without.rope_scaling.cos_sin_factor == 1.0
+    same = dataclasses.replace(scaling, long_factor=scaling.short_factor)
+    assert same.max_tokens is None
+
+
+def test_scalars_of_minicpm3_mean_nothing_elsewhere():
+    scalars = {"scale_emb": 3.0, "scale_depth": 1.2, "dim_model_base": 10}
+    for family in ("deepseek_v3", "youtu"):
+        plain = DeepSeekConfig.from_hf({"model_type": family})
+        assert DeepSeekConfig.from_hf({"model_type": family} | scalars) == plain
+
+
+def test_experts_mean_nothing_in_dense_families():
+    experts = {"n_routed_experts": 6, "moe_intermediate_size": 20, "n_shared_experts": 1,
+               "num_experts_per_tok": 3, "n_group": 1, "topk_method": "x"}  # fmt: skip
+    for family in ("minicpm3", "youtu"):
+        plain = DeepSeekConfig.from_hf({"model_type": family})
+        assert DeepSeekConfig.from_hf({"model_type": family} | experts) == plain
+
+
 def test_yarn_factor_may_be_left_to_the_lengths():
     rope = YARN | {"type": "yarn", "factor": None, "beta_fast": None}
     config = DeepSeekConfig.from_hf(
@@ -116,6 +155,14 @@ def test_families_differ_where_they_should():
 
 
 V3 = {"model_type": "deepseek_v3"}
+
+
+def with_rope(scaling=YARN | {"rope_type": "yarn"}, family="deepseek_v3", **fields):
+    return {"model_type": family, "rope_parameters": scaling | fields}
+
+
+def with_longrope(**fields):
+    return with_rope(LONGROPE, "minicpm3", **fields)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +217,46 @@ V3 = {"model_type": "deepseek_v3"}
         (
             {"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense"]},
             "must be dense layers, then sparse ones",
+        ),
+        (
+            V3 | {"num_hidden_layers": 3, "mlp_layer_types": ["dense"]},
+            "mlp_layer_types has 1 entries, num_hidden_layers is 3",
+        ),
+        (
+            V3 | {"num_hidden_layers": 3, "mlp_layer_types": ["dense"] + ["sparse"] * 3},
+            "mlp_layer_types has 4 entries, num_hidden_layers is 3",
+        ),
+        ({"model_type": ["deepseek_v3"]}, r"model_type \['deepseek_v3'\] is not one of"),
+        (V3 | {"pad_token_id": "x"}, "pad_token_id must be a token id or null, got 'x'"),
+        (V3 | {"pad_token_id": [3]}, r"pad_token_id must be a token id or null, got \[3\]"),
+        (V3 | {"pad_token_id": 1.5}, "pad_token_id must be a token id or null, got 1.5"),
+        (V3 | {"pad_token_id": 2**40}, "pad_token_id must be .* got 1099511627776"),
+        (V3 | {"bos_token_id": "x"}, "bos_token_id must be a token id or null, got 'x'"),
+        (V3 | {"eos_token_id": True}, "must be a token id or a list of them, got True"),
+        (V3 | {"rope_theta": [1]}, r"rope_theta must be a number, got \[1\]"),
+        (V3 | {"rope_theta": "x"}, "rope_theta must be a number, got 'x'"),
+        (V3 | {"rope_theta": True}, "rope_theta must be a number, got True"),
+        (V3 | {"rope_theta": 10**400}, "rope_theta must be a number"),
+        (with_rope(mscale=math.inf), "mscale must be a finite number of at least 0, got inf"),
+        (with_rope(attention_factor=-1), "attention_factor must be a finite number .* got -1.0"),
+        (with_rope(truncate="no"), "truncate must be true or false, got 'no'"),
+        (with_rope(rope_theta=1.0), "yarn needs a rope_theta above 1, got 1.0"),
+        (with_rope(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 are not supported"),
+        (with_rope(original_max_position_embeddings=math.inf), "must be an integer .* got inf"),
+        (with_rope() | {"max_position_embeddings": "x"}, "max_position_embeddings must be an int"),
+        (with_longrope(short_factor=5), "short_factor must be a list of numbers above 0, got 5"),
+        (with_longrope(short_factor=None), "short_factor must be a list of numbers .* got None"),
+        (with_longrope(short_factor=[0.0] * 16), r"short_factor must be a list .* got \(0.0"),
+        (with_longrope(long_factor=["a"] * 16), r"long_factor must be a list .* got \('a'"),
+        (with_longrope(long_factor=[1.0]), "long_factor has 1 entries, expected .* 16"),
+        (
+            with_longrope(factor=2, original_max_position_embeddings=1)
+            | {"max_position_embeddings": 1},
+            "longrope with factor=2.0 needs an original_max_position_embeddings of at least 2",
+        ),
+        (
+            {"model_type": "minicpm3", "num_attention_heads": 0},
+            "num_attention_heads must be at least 1, got 0",
         ),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",

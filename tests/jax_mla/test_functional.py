@@ -126,7 +126,8 @@ def test_sequences_may_share_pages(params, tokens, logits):
     prompt = np.stack([tokens[0, :16]] * 2)
     table = np.asarray([[5, 2, 0, 7], [5, 2, 1, 6]])
     cache = jax_mla.PagedLatentCache.empty(CONFIG, 8, 8, page_table=table)
-    _, cache = jax_mla.prefill(params, CONFIG, prompt, cache)
+    _, cache = jax_mla.prefill(params, CONFIG, prompt, cache, lengths=[16, 0])
+    cache = dataclasses.replace(cache, lengths=jnp.asarray([16, 16]))
     a, b = tokens[0, 16], (tokens[0, 16] + 1) % CONFIG.vocab_size
     got, _ = jax_mla.decode_step(params, CONFIG, np.asarray([a, b]), cache)
     assert_close(got[0], logits[0, 16], "float32")
@@ -203,7 +204,138 @@ def test_scan_compiles_once_whatever_the_depth(params):
     assert program(61) == program(10)
 
 
+LONGROPE = jax_mla.RopeScaling("longrope", 2.0, 32, short_factor=(1.0,) * 8, long_factor=(2.0,) * 8)
+LONG = dataclasses.replace(CONFIG, rope_scaling=LONGROPE)
+
+
+def test_longrope_computes_up_to_the_original_length(params, tokens):
+    want = jax_mla.forward(params, LONG, tokens[:, :32])
+    cache = jax_mla.LatentCache.empty(LONG, 3, 48)
+    _, cache = jax_mla.prefill(params, LONG, tokens[:, :31], cache)
+    got, cache = jax_mla.decode_step(params, LONG, tokens[:, 31], cache)
+    assert_close(got, want[:, 31], "float32")
+    with pytest.raises(ValueError, match="=32 tokens a sequence, got 33; longer ones need"):
+        jax_mla.decode_step(params, LONG, tokens[:, 32], cache)
+    same = dataclasses.replace(LONGROPE, long_factor=LONGROPE.short_factor)
+    jax_mla.decode_step(params, dataclasses.replace(LONG, rope_scaling=same), tokens[:, 32], cache)
+
+
+def test_longrope_needs_a_cache_that_cannot_exceed_it_under_jit(params, tokens):
+    step = jax.jit(lambda p, t, c: jax_mla.decode_step(p, LONG, t, c))
+    step(params, tokens[:, 0], jax_mla.LatentCache.empty(LONG, 3, 32, page_size=32))
+    with pytest.raises(ValueError, match="=32 tokens a sequence, got 48"):
+        step(params, tokens[:, 0], jax_mla.LatentCache.empty(LONG, 3, 48, page_size=48))
+
+
+def test_lists_are_arrays(params, tokens, logits):
+    cache = dataclasses.replace(paged(), lengths=jnp.zeros(3, jnp.int32))
+    got, _ = jax_mla.prefill(params, CONFIG, tokens.tolist(), cache, lengths=[40, 3, 40])
+    assert_close(got, logits[np.arange(3), [39, 2, 39]], "float32")
+    positions, ids = np.tile(np.arange(40), (3, 1)).tolist(), np.zeros((3, 40), int).tolist()
+    got = jax_mla.forward(params, CONFIG, tokens, positions=positions, segment_ids=ids)
+    assert_close(got, logits, "float32")
+
+
+def prefilled(**fields):
+    """Prefills 16 tokens a sequence into a cache of which some fields were replaced."""
+
+    def call(params, tokens, cache):
+        jax_mla.prefill(params, CONFIG, tokens[:, :16], dataclasses.replace(cache, **fields))
+
+    return call
+
+
+def with_table(table, cached=0, new=16):
+    """Prefills `new` tokens behind `cached` ones into pages of 8 tokens."""
+
+    def call(params, tokens, cache):
+        cache = dataclasses.replace(
+            cache, page_table=jnp.asarray(table), lengths=jnp.full(3, cached, jnp.int32)
+        )
+        jax_mla.prefill(params, CONFIG, tokens[:, :new], cache)
+
+    return call
+
+
 BAD = {
+    "a_page_twice_in_a_row": (
+        with_table([[0, 0], [2, 3], [4, 5]]),
+        r"page_table\[0, 0\] and page_table\[0, 1\] are both page 0, which would be written",
+    ),
+    "a_page_in_two_rows": (
+        with_table([[0, 1], [0, 3], [4, 5]]),
+        r"page_table\[0, 0\] and page_table\[1, 0\] are both page 0",
+    ),
+    "a_page_that_is_half_full_in_two_rows": (
+        with_table([[0, 1], [2, 3], [4, 1]], cached=12, new=2),
+        r"page_table\[0, 1\] and page_table\[2, 1\] are both page 1",
+    ),
+    "a_page_written_here_and_read_there": (
+        with_table([[0, 1], [1, 3], [4, 5]], cached=8, new=8),
+        r"page_table\[0, 1\] and page_table\[1, 0\] are both page 1",
+    ),
+    "negative_lengths": (prefilled(lengths=jnp.asarray([0, -1, 0])), "at least 0, got -1"),
+    "float_lengths": (prefilled(lengths=jnp.zeros(3)), "cache.lengths must be integers, got dtype"),
+    "list_of_lengths": (prefilled(lengths=[0, 0, 0]), r"cache.lengths must be an array, got \[0"),
+    "lengths_of_2_axes": (
+        prefilled(lengths=jnp.zeros((3, 1), int)),
+        r"cache.lengths must have 1 axes, none empty, got shape \(3, 1\)",
+    ),
+    "a_row_for_all": (
+        prefilled(page_table=jnp.asarray([[0, 1, 2]])),
+        "cache.page_table has 1 rows, cache.lengths 3",
+    ),
+    "float_table": (prefilled(page_table=jnp.zeros((3, 2))), "page_table must be integers, got"),
+    "pages_of_3_axes": (
+        prefilled(pages=jnp.zeros((3, 8, 80))),
+        r"cache.pages must have 4 axes, none empty, got shape \(3, 8, 80\)",
+    ),
+    "integer_pages": (
+        prefilled(pages=jnp.zeros((3, 22, 8, 80), jnp.int32)),
+        "cache.pages has dtype int32, not one of float32, bfloat16, float16",
+    ),
+    "dense_pages": (
+        lambda p, t, c: jax_mla.prefill(
+            p, CONFIG, t, jax_mla.LatentCache(c.pages[:, :4], c.lengths)
+        ),
+        "4 pages cannot be a dense cache of 3 sequences",
+    ),
+    "no_cache": (
+        lambda p, t, c: jax_mla.prefill(p, CONFIG, t, None),
+        "the cache must be a latent cache, got NoneType",
+    ),
+    "no_parameters": (
+        lambda p, t, c: jax_mla.forward({}, CONFIG, t),
+        "the parameters are not those of the config: .* is missing",
+    ),
+    "tokens_none": (
+        lambda p, t, c: jax_mla.forward(p, CONFIG, None),
+        "tokens must be integers, got dtype object",
+    ),
+    "float_positions": (
+        lambda p, t, c: jax_mla.forward(p, CONFIG, t, positions=t * 1.0),
+        "positions must be integers, got dtype float64",
+    ),
+    "wide_segments": (
+        lambda p, t, c: jax_mla.forward(p, CONFIG, t, segment_ids=np.full(t.shape, 2**32)),
+        "segment_ids must fit into 32 bits, got 4294967296",
+    ),
+    "longrope": (
+        lambda p, t, c: jax_mla.forward(p, LONG, t),
+        "original_max_position_embeddings=32 tokens a sequence, got 40",
+    ),
+    "longrope_positions": (
+        lambda p, t, c: jax_mla.forward(
+            p, LONG, t[:, :8], positions=np.full((3, 8), 32), form="expanded"
+        ),
+        "=32 tokens a sequence, got 33",
+    ),
+    "longrope_prefill": (
+        lambda p, t, c: jax_mla.prefill(
+            p, LONG, t[:, :8], dataclasses.replace(c, lengths=jnp.asarray([0, 25, 3]))
+        ),
+        "=32 tokens a sequence, got 33",
+    ),
     "form": (
         lambda p, t, c: jax_mla.forward(p, CONFIG, t, form="absorb"),
         "form 'absorb' is not one of 'expanded', 'absorbed' or None",

@@ -1,6 +1,7 @@
 """Generation: equals a loop over `forward`, stops where it should, and compiles once a bucket."""
 
 import dataclasses
+import math
 
 import chex
 import jax
@@ -132,7 +133,7 @@ def test_one_trace_a_bucket(stream, params, monkeypatch, compiled):
     chex.clear_trace_counter()
     for name in ("_start", "_loop", "_step_on_host"):
         once = chex.assert_max_traces(getattr(generation, name).__wrapped__, n=1)
-        static = {"_start": (*generation._STATIC, "new_bucket")}.get(name, generation._STATIC)
+        static = ("run", "new_bucket") if name == "_start" else "run"
         monkeypatch.setattr(generation, name, jax.jit(once, static_argnames=static))
 
     def run(length, steps, seed):
@@ -180,12 +181,56 @@ def test_works_inside_jit(params, prompts, greedy):
         ({"max_new_tokens": 3.0}, "max_new_tokens must be an integer, got 3.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"min_p": 0.0}, "min_p must be above 0 and at most 1, got 0.0"),
+        ({"top_k": math.inf}, "top_k must be an integer of at least 1, got inf"),
+        ({"top_k": "x"}, "top_k must be a number, got 'x'"),
+        ({"top_p": "x"}, "top_p must be a number, got 'x'"),
+        ({"temperature": "1"}, "temperature must be a number, got '1'"),
+        ({"key": "x"}, "key must be a jax.random key or a seed from 0 to .*, got 'x'"),
+        ({"key": 2**40}, "a seed from 0 to 2.*32 - 1, got 1099511627776"),
+        ({"key": 2**70}, "a seed from 0 to 2.*32 - 1, got 1180591620717411303424"),
+        ({"key": -1}, "a seed from 0 to 2.*32 - 1, got -1"),
+        ({"eos_token_ids": (1.5,)}, "eos_token_ids must be integers, got dtype float64"),
+        ({"eos_token_ids": {3, 4}}, "eos_token_ids must be integers, got dtype object"),
+        ({"eos_token_ids": 2**40}, "eos_token_ids must fit into 32 bits, got 1099511627776"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_options_are_refused(options, message, params, prompts):
     with pytest.raises(ValueError, match=message):
         run(params, prompts, **options)
+
+
+def test_other_parameters_are_refused_with_what_is_missing(prompts):
+    with pytest.raises(ValueError, match=r"parameters are not those of the config: .* is missing"):
+        run({}, prompts)
+
+
+def test_a_traced_temperature_is_refused(params, prompts):
+    with pytest.raises(ValueError, match="temperature decides what is compiled: it cannot be"):
+        jax.jit(lambda t: run(params, prompts, temperature=t).tokens)(0.5)
+
+
+def test_prompts_and_lengths_may_be_lists(params, prompts, greedy):
+    out = run(params, tuple(x.tolist() for x in prompts))
+    np.testing.assert_array_equal(out.tokens, greedy)
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all(params, prompts):
+    options = {"temperature": 1.5, "key": 2**32 - 1}
+    all_kept = run(params, prompts, top_k=10**12, **options).tokens
+    vocabulary = run(params, prompts, top_k=CONFIG.vocab_size, **options).tokens
+    np.testing.assert_array_equal(all_kept, vocabulary)
+
+
+def test_longrope_generates_up_to_the_original_length(params, prompts):
+    scaling = jax_mla.RopeScaling(
+        "longrope", 2.0, 12, short_factor=(1.0,) * 8, long_factor=(2.0,) * 8
+    )
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling)
+    tokens, lengths = prompts
+    jax_mla.generate(params, config, tokens, lengths=lengths, max_new_tokens=4)
+    with pytest.raises(ValueError, match="=12 tokens a sequence, got 13"):
+        jax_mla.generate(params, config, tokens, lengths=lengths, max_new_tokens=5)
 
 
 def test_empty_prompts_are_refused(params, prompts):

@@ -51,6 +51,20 @@ def test_frequencies(options, want):
     assert (got[np.asarray(want) == 0] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("weights", "top_p", "kept"),
+    [
+        ([1, 1, 1, 1], 0.5, {0, 1}),
+        ([1, 2, 1, 1], 0.6, {0, 1}),
+        ([1, 1, 1, 1], 1.0, {0, 1, 2, 3}),
+    ],
+)
+def test_top_p_keeps_the_smallest_set_among_equals(weights, top_p, kept):
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(weights, jnp.float32))[None], (500, 4))
+    drawn = sample(logits, jax.random.key(0), top_p=top_p)
+    assert set(np.asarray(drawn).tolist()) == kept
+
+
 def test_options_may_differ_by_row():
     logits = jnp.broadcast_to(LOGITS[None], (3, len(P)))
     options = {"temperature": jnp.asarray([0.0, 1.0, 1.0]), "top_k": jnp.asarray([6, 1, 2])}

@@ -29,6 +29,12 @@ def test_mesh_larger_than_the_machine_is_refused():
         jax_mla.make_mesh(data=4, tensor=4)
 
 
+@pytest.mark.parametrize("size", [0, -1, 2.0, "2"])
+def test_mesh_sizes_are_positive(size):
+    with pytest.raises(ValueError, match=f"data must be an integer of at least 1, got {size!r}"):
+        jax_mla.make_mesh(data=size)
+
+
 def test_rules_name_a_spec():
     assert ShardingRules().spec(("layers", "expert", "embed", "mlp")) == P(
         None, "expert", "fsdp", "tensor"

@@ -92,6 +92,13 @@ def test_damaged_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path, jax_mla.v2_lite())
 
 
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_damaged_tokenizer_config_is_refused_by_name(content, published):
+    (published / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not"):
+        load_tokenizer(published, jax_mla.v2_lite())
+
+
 def test_missing_package_is_one_sentence(published, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'jax-mla\[hf\]'"):

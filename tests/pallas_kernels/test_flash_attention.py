@@ -285,10 +285,17 @@ def test_blocks_split_evenly():
     assert block_sizes(10**9, 64, 64) == (32, 32)
 
 
-@pytest.mark.parametrize("workload", [QUICK[1], WORKLOADS[0]], ids=lambda workload: workload.name)
+@pytest.mark.parametrize(
+    "workload", [QUICK[1], WORKLOADS[0], WORKLOADS[-1]], ids=lambda workload: workload.name
+)
 def test_workloads_have_consistent_shapes(workload):
     arrays = jax.eval_shape(workload.arrays)
-    out = jax.eval_shape(workload.function(None), *arrays)
+
+    def run(arrays):
+        return workload.function(None)(*workload.prepare(arrays, None))
+
+    out = jax.eval_shape(run, arrays)
+    assert workload.document_lengths().sum() == workload.S
     want = arrays[:3] if workload.is_backward else arrays[3]
     assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, want)
 

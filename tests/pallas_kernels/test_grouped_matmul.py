@@ -224,7 +224,7 @@ def test_trace_names_the_implementation():
 def test_workloads_have_consistent_shapes(workload):
     arrays = jax.eval_shape(workload.arrays)
     assert workload.group_sizes().sum() == workload.M
-    out = jax.eval_shape(workload.function(None), *arrays)
+    out = jax.eval_shape(workload.function(None), *workload.prepare(arrays, None))
     want = arrays[:2] if workload.is_backward else arrays[3]
     assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, want)
 

@@ -1,5 +1,6 @@
 """MLA decode: against a slow loop, poison in all that must not be read, chunks, errors."""
 
+import dataclasses
 import functools
 
 import chex
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from numerics import POISONS, assert_close, normal, poison, slow_attention, unchecked
 
 from pallas_kernels import mla_decode, mla_decode_plan
-from pallas_kernels.mla_decode.workloads import QUICK, WORKLOADS
+from pallas_kernels.mla_decode.workloads import IRREGULAR, QUICK, WORKLOADS
 
 GARBAGE = 2147480000  # FlashMLA's filling of unused table entries
 C, X = 16, 24
@@ -177,12 +178,24 @@ def test_trace_names_the_implementation(rng):
     assert "mla_decode.xla" in text
 
 
-@pytest.mark.parametrize("workload", [QUICK[2], WORKLOADS[0]], ids=lambda workload: workload.name)
+@pytest.mark.parametrize(
+    "workload", [QUICK[2], WORKLOADS[0], IRREGULAR], ids=lambda workload: workload.name
+)
 def test_workloads_have_consistent_shapes(workload):
-    lengths, capacity = workload.lengths(), jax.eval_shape(workload.arrays)[2].shape[1] * 64
+    arrays = jax.eval_shape(workload.arrays)
+    lengths, capacity = workload.lengths(), arrays[2].shape[1] * workload.page_size
+    assert len(lengths) == workload.B
     assert workload.T <= lengths.min() and lengths.max() <= capacity
-    out = jax.eval_shape(workload.function(None), *jax.eval_shape(workload.arrays)).out
+    out = jax.eval_shape(workload.function(None), *workload.prepare(arrays, None)).out
     assert out.shape == (workload.B, workload.T, workload.N, 512)
+
+
+def test_every_page_of_a_workload_belongs_to_one_request():
+    """So that the cache is read once, as its count of bytes says."""
+    workload = dataclasses.replace(QUICK[2], page_size=16)
+    _, kv_pages, table, lengths, _ = workload.arrays()
+    used = [row[: -(-length // 16)] for row, length in zip(table, lengths, strict=True)]
+    assert sorted(map(int, np.concatenate(used))) == list(range(len(kv_pages)))
 
 
 def arguments(**changes):
@@ -210,6 +223,8 @@ def arguments(**changes):
         ({"page_table": jnp.zeros((2, 3))}, "page_table has dtype float32"),
         ({"lengths": np.array([1])}, "lengths has batch 1, q 2"),
         ({"latent_dim": 25}, "latent_dim 25 is not within 1 and the row's 24"),
+        ({"latent_dim": 8.0}, "latent_dim must be an integer, got 8.0"),
+        ({"lengths": [5, 0]}, "lengths must be an array, got list"),
         ({"lengths": np.array([49, 0])}, "lengths span 0 to 49, allowed are 0 to 3 pages of 16"),
         ({"lengths": jnp.array([3, -2])}, "lengths span -2 to 3"),
         ({"page_table": jnp.array([[0, 1, 7]] * 2)}, "uses pages 0 to 7, kv_pages has 0 to 6"),
@@ -233,5 +248,5 @@ def test_a_length_beyond_the_pages_counts_as_all_of_them_under_jit(rng):
 
 
 def test_missing_kernel_is_refused_with_the_reason():
-    with pytest.raises(NotImplementedError, match="no mosaic_gpu kernel for mla_decode yet"):
+    with pytest.raises(NotImplementedError, match="'mosaic_gpu' cannot run here: needs "):
         mla_decode(**arguments(), implementation="mosaic_gpu")

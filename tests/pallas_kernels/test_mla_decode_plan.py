@@ -75,6 +75,13 @@ def test_few_long_requests_are_split_and_many_short_ones_are_not():
     chex.assert_trees_all_equal(many.num_splits, jnp.arange(66 * 4 + 1))
 
 
+def test_equal_requests_stay_whole_where_splitting_gains_nothing():
+    """One each for 128 parts of 132, two each for 64 of 66: four parts idle, nothing to combine."""
+    for num_rows in (64, 128):
+        plan = mla_decode_plan(np.full(128, 4096), num_rows=num_rows, num_sms=H200)
+        chex.assert_trees_all_equal(plan.num_splits, jnp.arange(129))
+
+
 def test_jits_over_other_lengths_without_a_new_trace():
     @jax.jit
     @chex.assert_max_traces(n=1)

@@ -104,6 +104,29 @@ def test_refuses_more_layers_than_the_config_has(edited):
         jax_mla.load(edited("v3", num_hidden_layers=2, num_nextn_predict_layers=0))
 
 
+def test_refuses_a_config_of_far_more_tensors_before_naming_them(edited):
+    with pytest.raises(ValueError, match=r"v3 holds 139 tensors, its config.json describes about"):
+        jax_mla.load(edited("v3", num_hidden_layers=10**9))
+
+
+@pytest.mark.parametrize("width", [0, 24])
+def test_shared_experts_of_width_0_are_nothing(edited, width):
+    """transformers writes them with no elements when there are none."""
+
+    def change(tensors):
+        for name in [name for name in tensors if ".shared_experts." in name]:
+            shape = [64, width] if "down" in name else [width, 64]
+            tensors[name] = np.zeros(shape, np.float32)
+
+    folder = edited("v3", change, n_shared_experts=0)
+    if width:
+        with pytest.raises(ValueError, match=r"unexpected \(6\): .*mlp\.shared_experts\.down"):
+            jax_mla.load(folder)
+    else:
+        params, _ = jax_mla.load(folder)
+        assert "shared_experts" not in params["moe_layers"]["mlp"]
+
+
 @pytest.mark.parametrize("announced", [0, 1])
 def test_skips_multi_token_prediction_with_one_note(edited, golden, caplog, announced):
     extra = "model.layers.3."

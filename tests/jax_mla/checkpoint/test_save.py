@@ -17,7 +17,7 @@ from jax_mla.checkpoint import saving
 
 NAMES = [
     "v2_lite", "v2_group", "v3", "v3_fp8", "v3_half_noq_bias", "v3_yarn_mscale", "kimi_k2", "youtu",
-    "minicpm3", "minicpm3_longrope", "glm4_moe_lite",
+    "minicpm3", "minicpm3_longrope", "minicpm3_longrope_factor", "glm4_moe_lite",
 ]  # fmt: skip
 
 
@@ -111,6 +111,31 @@ def test_replaces_an_empty_folder_and_makes_parents(golden, tmp_path):
     files = {"config.json", "generation_config.json", "model.safetensors"}
     assert set(os.listdir(tmp_path / "empty")) == files
     assert set(os.listdir(tmp_path / "deep" / "er")) == {"new"}
+
+
+@pytest.mark.parametrize("is_dangling", [False, True], ids=["empty", "dangling"])
+def test_follows_a_link(golden, tmp_path, is_dangling):
+    if not is_dangling:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    jax_mla.save(tmp_path / "link", *jax_mla.load(golden / "youtu"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_saves_a_dense_model_whose_config_mentions_experts(golden, tmp_path, edited):
+    folder = edited("minicpm3", moe_intermediate_size=20, n_routed_experts=6, n_group=1)
+    jax_mla.save(tmp_path / "out", *jax_mla.load(folder))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"moe_intermediate_size", "n_routed_experts", "n_group"} & written.keys()
+
+
+def test_refuses_what_is_no_array(golden, tmp_path):
+    params, config = jax_mla.load(golden / "youtu")
+    params["embed_tokens"] = params["embed_tokens"].tolist()
+    with pytest.raises(ValueError, match=r"not an array \(1\): embed_tokens is list"):
+        jax_mla.save(tmp_path / "out", params, config)
 
 
 def test_files_have_ordinary_permissions(golden, tmp_path):

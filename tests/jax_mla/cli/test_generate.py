@@ -75,7 +75,14 @@ def test_streaming_two_prompts_is_refused(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--top-p", "1.5"), ("--temperature", "-1"), ("--min-p", "-0.1")]
+    ("option", "value"),
+    [
+        ("--top-p", "1.5"),
+        ("--temperature", "-1"),
+        ("--min-p", "-0.1"),
+        ("--seed", "9" * 23),
+        ("--seed", "-1"),
+    ],
 )
 def test_option_out_of_range_is_one_line(option, value, folder, capsys):
     argv = [

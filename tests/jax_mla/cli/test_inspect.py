@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,12 +126,24 @@ def test_layers_of_multi_token_prediction_are_apart(tmp_path, capsys):
         "model.layers.3.eh_proj.weight": np.zeros((64, 128), np.float32),
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    found = inspected(capsys, tmp_path)
+    assert main(["inspect", str(tmp_path), "--json"]) == 1  # most tensors are missing
+    found = json.loads(capsys.readouterr().out)
+    assert "missing (" in found["mismatch"]
     assert found["parameters"]["total"] == 128 * 64
     assert found["parameters"]["multi_token_prediction"] == 64 * 128
     assert found["bytes"]["total"] == 4 * (128 * 64 + 64 * 128)
     main(["inspect", str(tmp_path)])
     assert "multi-token prediction is not loaded" in capsys.readouterr().out
+
+
+def test_tensors_of_another_config_are_named(tmp_path, capsys):
+    config = json.loads((GOLDEN / "v3/config.json").read_text()) | {"kv_lora_rank": 33}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(GOLDEN / "v3/model.safetensors", tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "kv_a_layernorm.weight is [32], expected [33]" in capsys.readouterr().out
+    assert main(["inspect", str(GOLDEN / "v3")]) == 0
+    assert capsys.readouterr().out.endswith("the tensors are those that config.json describes\n")
 
 
 def test_text_names_every_part(capsys):

@@ -1,5 +1,6 @@
 """The command line as a whole: start-up, errors and exit codes."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -66,6 +67,23 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_platform_that_is_not_there_is_one_line():
+    command = [*RUN, "demo"]
+    environment = os.environ | {"JAX_PLATFORMS": "bogus"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Unable to initialize backend 'bogus'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_other_runtime_errors_are_not_hidden(monkeypatch):
+    module = _Interrupted()
+    module.run = lambda args: (_ for _ in ()).throw(RuntimeError("a defect"))
+    monkeypatch.setattr(command_line.importlib, "import_module", lambda name: module)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["demo"])
 
 
 def test_a_prompt_may_be_the_name_of_a_command(monkeypatch, capsys):

@@ -112,21 +112,59 @@ def test_exit_code_and_first_deviation(tmp_path, golden, capsys):
     assert main(["verify", str(FOLDER), "--golden", str(tmp_path / "wrong.npz"), "--atol=1"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"logits": np.zeros(3)}, "needs input_ids"),
-        ({"input_ids": np.zeros((1, 4), np.int64)}, "nothing to compare with"),
-        (
-            {"input_ids": np.zeros((1, 4), np.int64), "logits": np.zeros((1, 4, 3))},
-            r"logits has shape \(1, 4, 128\), the golden data \(1, 4, 3\)",
-        ),
-    ],
-    ids=["no-input", "no-output", "wrong-shape"],
-)
-def test_unusable_golden_data(content, message, model):
+IDS = np.zeros((1, 4), np.int64)
+UNUSABLE = {
+    "no-input": ({"logits": np.zeros(3)}, "needs input_ids"),
+    "no-output": ({"input_ids": IDS}, "nothing to compare with"),
+    "logits": (
+        {"input_ids": IDS, "logits": np.zeros((1, 4, 3))},
+        r"logits has shape \(1, 4, 128\), the golden data \(1, 4, 3\)",
+    ),
+    "fewer-hidden-states": (
+        {"input_ids": IDS, "hidden_states": np.zeros((3, 1, 4, 64))},
+        r"hidden_states has shape \(4, 1, 4, 64\), the golden data \(3, 1, 4, 64\)",
+    ),
+    "index-without-weight": (
+        {"input_ids": IDS, "router_idx_1": np.zeros((4, 4), int)},
+        "golden data has router_idx_1, but no router_w_1",
+    ),
+    "steps-without-ids": (
+        {"input_ids": IDS, "step_logits": np.zeros((1, 2, 128))},
+        "golden data has step_logits, but no gen_ids",
+    ),
+    "nothing-generated": (
+        {"input_ids": IDS, "gen_ids": IDS},
+        r"gen_ids has shape \(1, 4\), the prompts \(1, 4\) must be in front",
+    ),
+    "float-ids": ({"input_ids": IDS + 0.5}, "tokens must be integers, got dtype float64"),
+    "text": (
+        {"input_ids": IDS, "logits": np.full((1, 4, 128), "x")},
+        "logits must hold numbers, the golden data has dtype <U1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_golden_data(case, model):
+    content, message = UNUSABLE[case]
     with pytest.raises(ValueError, match=message):
         parity.against_golden(*model, content, ATOL)
+
+
+def test_json_has_null_for_nan(tmp_path, golden, capsys):
+    golden["logits"][0, 0, 0] = np.nan
+    np.savez(tmp_path / "nan.npz", input_ids=golden["input_ids"], logits=golden["logits"])
+    assert main(["verify", str(FOLDER), "--golden", str(tmp_path / "nan.npz"), "--json"]) == 1
+    out = capsys.readouterr().out
+    assert "NaN" not in out
+    assert json.loads(out)["comparisons"][-1]["error"] is None
+
+
+@pytest.mark.parametrize("atol", ["-1", "nan", "inf", "x"])
+def test_a_tolerance_is_a_number_of_at_least_0(atol, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", str(FOLDER), f"--atol={atol}"])
+    assert f"must be a number of at least 0, got '{atol}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"not a zip", pickle.dumps([1])], ids=["text", "pickle"])

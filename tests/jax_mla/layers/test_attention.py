@@ -77,3 +77,10 @@ def test_what_does_not_fit_is_refused(call, message, rng):
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="num_kv_heads=4 does not divide num_heads=6"):
         layer(4)
+    with pytest.raises(ValueError, match="num_kv_heads must be an integer of at least 1, got 0"):
+        layer(0)
+
+
+def test_caches_of_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match="dtype int32 is not one of float32, bfloat16, float16"):
+        jax_mla.KeyValueCache.empty(2, 8, 2, K, dtype="int32")

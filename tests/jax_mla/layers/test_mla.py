@@ -11,7 +11,7 @@ from numerics import assert_close, normal
 
 import jax_mla
 from jax_mla.cache import advance
-from jax_mla.layers import mla as mla_module
+from jax_mla.layers import latent_attention
 from jax_mla.layers.mla import choose_form
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.2)
@@ -142,7 +142,7 @@ def test_merging_many_blocks_of_context_does_not_add_rounding(monkeypatch, rng):
     x = normal(rng, (1, 260, CONFIG.hidden_size), "bfloat16")
     errors = []
     for block in (8, 256):
-        monkeypatch.setattr(mla_module, "CONTEXT_BLOCK", block)
+        monkeypatch.setattr(latent_attention, "CONTEXT_BLOCK", block)
         cache = jax_mla.LatentCache.empty(
             dataclasses.replace(config, num_hidden_layers=1), 1, 264, page_size=8
         )

@@ -27,6 +27,13 @@ def test_rms_norm_squares_in_float32():
     assert_close(got, np.ones((1, 8)), "float16")
 
 
+def test_rms_norm_of_another_width_is_refused():
+    with pytest.raises(ValueError, match=r"x has shape \(2, 192\), the norm a weight of \(5,\)"):
+        jax_mla.RMSNorm(5)(jnp.zeros((2, 192)))
+    with pytest.raises(ValueError, match="dim must be an integer of at least 1, got 0"):
+        jax_mla.RMSNorm(0)
+
+
 def test_swiglu(rng):
     layer = jax_mla.SwiGLU(8, 20, rngs=nnx.Rngs(0), stddev=0.3)
     x = normal(rng, (2, 3, 8))

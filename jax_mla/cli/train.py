@@ -1,0 +1,217 @@
+"""`jax-mla train`: trains a model on files of text or tokens, and goes on where it was stopped."""
+
+import argparse
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax_mla.cli import report
+from jax_mla.cli.completion import positive
+from jax_mla.cli.train_progress import Metrics
+from jax_mla.config import DeepSeekConfig, tiny
+
+if TYPE_CHECKING:
+    from jax_mla.training import Recipe
+
+RULES = ("ddp", "zero1", "zero2", "zero3", "tensor_parallel")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config", metavar="FILE", help="config.json of a new model, or `tiny`")
+    model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder to start from")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, metavar="PATH",
+        help="text files, or .npy files of uint16 or uint32 token ids",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of a tokenizer.json")
+    parser.add_argument(
+        "--separate-documents", action="store_true", help="tokens see their own document only"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole step")
+    parser.add_argument("--steps", type=positive, required=True)
+    parser.add_argument("--batch", type=positive, required=True, help="rows of a step")
+    parser.add_argument("--seq", type=positive, required=True, help="tokens of a row")
+    parser.add_argument("--micro-batches", type=positive, default=1, help="parts of a batch")
+    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
+    parser.add_argument("--final-lr", type=float, default=0.0)
+    parser.add_argument("--schedule", choices=("cosine", "wsd"), default="cosine")
+    parser.add_argument("--warmup", type=int, metavar="STEPS", help="1 %% of the steps without it")
+    parser.add_argument("--decay", type=int, metavar="STEPS", help="of wsd; 20 %% without it")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--z-loss", type=float, default=0.0)
+    parser.add_argument("--balance-loss", type=float, default=0.0)
+    parser.add_argument("--router-bias-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16",
+        help="of the computation; weights and their optimizer stay float32",
+    )  # fmt: skip
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    parser.add_argument("--mesh", type=mesh_axes, metavar="AXIS=N,...", help="data=2,tensor=2")
+    parser.add_argument("--rules", choices=RULES, help="what lies where on the mesh")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=positive, default=1000, metavar="STEPS")
+    parser.add_argument("--keep", type=positive, default=3, help="saved steps to keep")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains until the end or a signal; either way the last step is saved."""
+    if args.rules and not args.mesh:
+        raise ValueError(f"--rules {args.rules} splits over a mesh, and there is no --mesh")
+    import jax
+
+    import jax_mla
+    from jax_mla import rules as published
+    from jax_mla.training import Checkpoints, TokenRows, read_tokens, train
+
+    recipe = _recipe(args)
+    mesh = jax_mla.make_mesh(**args.mesh) if args.mesh else None
+    rules = getattr(published, args.rules)() if args.rules else None
+    if args.model is None:
+        params, config = None, _config(args.config)
+    else:
+        params, config = jax_mla.load(args.model, mesh=mesh, rules=rules)
+    tokenizer = _tokenizer(args, config)
+    data = TokenRows(
+        [read_tokens(path, config, tokenizer) for path in args.data],
+        batch_rows=args.batch,
+        row_tokens=args.seq,
+        vocab_size=config.vocab_size,
+        seed=args.seed,
+        separator=_separator(args, config),
+    )
+    with (
+        Checkpoints(args.out / "checkpoints", keep=args.keep, in_background=True) as checkpoints,
+        Metrics(args.out / "metrics.jsonl", config, args.seq, args.steps, args.json) as metrics,
+        Signals() as signals,
+    ):
+        result = train(
+            config,
+            recipe,
+            data,
+            seed=args.seed,
+            params=params,
+            mesh=mesh,
+            rules=rules,
+            checkpoints=checkpoints,
+            save_every=args.save_every,
+            resume=args.resume,
+            on_step=metrics.add,
+            on_notice=metrics.notice,
+            should_stop=signals.came,
+        )
+    summary = {
+        "reason": signals.name if result.reason == "stopped" else "finished",
+        "step": int(result.state.step),
+        "skipped_steps": int(result.state.num_skipped),
+        **metrics.summary(),
+        "checkpoints": str(args.out / "checkpoints"),
+        "model": None,
+        "device": jax.devices()[0].device_kind,
+    }
+    if result.reason == "finished" and jax.process_count() == 1:
+        folder = args.out / f"model_{summary['step']:08}"
+        if not folder.exists():
+            jax_mla.save(folder, result.state.params, config)
+        summary["model"] = str(folder)
+    if jax.process_index() == 0:
+        _print(summary, args.json)
+    return 0
+
+
+class Signals:
+    """Notices Ctrl-C and SIGTERM instead of dying of them; the second one is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def came(self) -> bool:
+        return self.name is not None
+
+    def _notice(self, number: int, _: object) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, self._before[number])
+
+
+def mesh_axes(word: str) -> dict[str, int]:
+    """An argparse type: `data=2,tensor=4`."""
+    axes = {}
+    for part in word.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("data", "fsdp", "tensor", "expert", "sequence") or name in axes:
+            raise argparse.ArgumentTypeError(
+                f"axes are data, fsdp, tensor, expert and sequence, each once, got {part!r}"
+            )
+        axes[name] = positive(size)
+    return axes
+
+
+def _recipe(args: argparse.Namespace) -> "Recipe":
+    from jax_mla.training import Precision, Recipe
+
+    return Recipe(
+        num_steps=args.steps,
+        optimizer=args.optimizer,
+        schedule=args.schedule,
+        learning_rate=args.lr,
+        final_learning_rate=args.final_lr,
+        warmup_steps=args.warmup,
+        decay_steps=args.decay,
+        weight_decay=args.weight_decay,
+        z_loss=args.z_loss,
+        balance_loss=args.balance_loss,
+        router_bias_rate=args.router_bias_rate,
+        num_micro_batches=args.micro_batches,
+        remat=args.remat,
+        precision=Precision(compute=args.dtype),
+    )
+
+
+def _config(name: str) -> DeepSeekConfig:
+    from jax_mla.checkpoint.folder import read_json
+
+    return tiny() if name == "tiny" else DeepSeekConfig.from_hf(read_json(Path(name)))
+
+
+def _tokenizer(args: argparse.Namespace, config: DeepSeekConfig) -> Any:
+    """The tokenizer of the given folder, or that of the model; None where all data are tokens."""
+    from jax_mla.tokenizer import ByteTokenizer, load_tokenizer
+
+    if all(path.suffix == ".npy" for path in args.data):
+        return None
+    if args.config == "tiny" and args.tokenizer is None:
+        return ByteTokenizer()
+    return load_tokenizer(args.tokenizer or args.model or Path(args.config).parent, config)
+
+
+def _separator(args: argparse.Namespace, config: DeepSeekConfig) -> int | None:
+    if not args.separate_documents:
+        return None
+    if not config.eos_token_id:
+        raise ValueError("--separate-documents needs an eos_token_id, and the config has none")
+    return config.eos_token_id[0]
+
+
+def _print(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        report.print_json(summary)
+        return
+    how = {"finished": "finished", "SIGINT": "stopped by Ctrl-C", "SIGTERM": "stopped by SIGTERM"}
+    print(f"{how[summary['reason']]} after step {summary['step']}")
+    if summary["model"]:
+        print(f"model: {summary['model']}")
+    else:
+        print(f"saved in {summary['checkpoints']}; --resume goes on from there")

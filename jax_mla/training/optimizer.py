@@ -1,0 +1,76 @@
+"""The optax optimizer of a recipe: which weights it decays, which it leaves alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import optax
+
+from jax_mla.functional import Params
+from jax_mla.training.recipe import Recipe
+
+# Axes of a matrix product, from the end, because weights are stacked: those summed over, those
+# that remain. All other weights of two axes sum over the last but one.
+_SUMMED_AND_KEPT = {
+    "q_proj": ((-3,), (-2, -1)),
+    "q_b_proj": ((-3,), (-2, -1)),
+    "k_b_proj": ((-1,), (-3, -2)),
+    "v_b_proj": ((-1,), (-3, -2)),
+    "o_proj": ((-3, -2), (-1,)),
+}
+_MOONLIGHT_RMS = 0.2  # of a Muon update, as large as AdamW's usually is: arXiv 2502.16982
+
+
+@functools.lru_cache
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Clips, then AdamW or Muon at the recipe's learning rate, by kind of weight.
+
+    Norms and biases are not decayed. The router's correction bias gets no update and no state: it
+    follows the load of the experts, see `update_router_bias`.
+    """
+    decayed, plain = (
+        optax.adamw(recipe.rate, recipe.b1, recipe.b2, recipe.eps, weight_decay=decay)
+        for decay in (recipe.weight_decay, 0.0)
+    )
+    by_kind: dict[Hashable, Any] = {
+        "matrix": decayed,
+        "table": decayed,
+        "vector": plain,
+        "fixed": optax.set_to_zero(),
+    }
+    if recipe.optimizer == "muon":
+        by_kind["matrix"] = optax.contrib.muon(
+            recipe.rate,
+            weight_decay=recipe.weight_decay,
+            consistent_rms=_MOONLIGHT_RMS,
+            muon_weight_dimension_numbers=_dimension_numbers,
+        )
+    by_kind_of_weight = optax.partition(by_kind, kinds)
+    if recipe.clip_norm is None:
+        return by_kind_of_weight
+    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), by_kind_of_weight)
+
+
+def kinds(params: Params) -> Any:
+    """What each weight is: "fixed" (the router's bias), "vector", "table" or "matrix"."""
+
+    def kind(path, _):
+        names = [key.key for key in path]
+        if names[-1] == "e_score_correction_bias":
+            return "fixed"
+        if names[-1].endswith("bias") or "norm" in names[-2 if len(names) > 1 else -1]:
+            return "vector"
+        return "table" if names[-1] in ("embed_tokens", "lm_head") else "matrix"
+
+    return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def _dimension_numbers(params: Any) -> Any:
+    def dimensions(path, x):
+        summed, kept = _SUMMED_AND_KEPT.get(path[-1].key, ((-2,), (-1,)))
+        return optax.contrib.MuonDimensionNumbers(summed, kept)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -1,0 +1,68 @@
+"""Which number format each part of training uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jax_mla.functional import Params
+
+Float = Literal["float32", "bfloat16", "float16"]
+_WIDE = {"float32", "bfloat16", "float16"}
+# They decide between nearly equal experts, so no pass narrows them.
+_ROUTER = ("gate", "e_score_correction_bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The dtypes of training; the default keeps float32 weights and computes in bfloat16.
+
+    Norms, softmax and the router compute in float32 whatever is chosen here. With
+    `compute="float16"` the loss is scaled, see `TrainState.loss_scale`.
+
+    Attributes:
+      param: of the weights that the optimizer updates, and of its moments.
+      compute: of weights and activations in the forward and backward pass.
+      reduce: of the gradients once they leave the backward pass: summed over micro-batches,
+        clipped, handed to the optimizer. Sums over devices come before that, where XLA places them.
+      logits: what logits are rounded to before the loss, which sums in float32.
+
+    Raises:
+      ValueError: a name is not one of these formats, or float16 weights meet float16 computing,
+        which loses small updates.
+    """
+
+    param: Float = "float32"
+    compute: Float = "bfloat16"
+    reduce: Float = "float32"
+    logits: Float = "float32"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) not in _WIDE:
+                raise ValueError(f"{field.name} {value!r} is not one of {', '.join(sorted(_WIDE))}")
+        if self.param == "float16":
+            raise ValueError(
+                f"param 'float16' cannot hold the weights of an optimizer: with compute "
+                f"{self.compute!r}, take param 'float32'"
+            )
+
+    def to_compute(self, params: Params) -> Params:
+        """The weights as the passes use them; those of the router stay as they are."""
+
+        def narrow(path, x):
+            return x if path[-1].key in _ROUTER else x.astype(self.compute)
+
+        return jax.tree_util.tree_map_with_path(narrow, params)
+
+    def to_param(self, params: Params) -> Params:
+        """The weights as the optimizer holds them; a router's bias is always float32."""
+
+        def hold(path, x):
+            is_bias = path[-1].key == "e_score_correction_bias"
+            return jnp.asarray(x, jnp.float32 if is_bias else self.param)
+
+        return jax.tree_util.tree_map_with_path(hold, params)

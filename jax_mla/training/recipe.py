@@ -1,0 +1,97 @@
+"""All choices of a training run in one frozen object."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+from jax_mla.layers.block import Remat
+from jax_mla.training.precision import Precision
+from jax_mla.training.schedule import Schedule, cosine, warmup_stable_decay
+
+_CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "wsd"),
+    "remat": ("none", "dots", "full"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is trained. Hashable, so that a jitted step can take it as a static argument.
+
+    Attributes:
+      num_steps: of the run, which the schedule needs.
+      optimizer: "adamw", or "muon": Muon for matrices, scaled to AdamW's update size, and AdamW for
+        the embedding, the head and vectors.
+      learning_rate: the schedule's highest.
+      final_learning_rate: the schedule's last.
+      warmup_steps: None takes 1 % of the steps, at least one.
+      decay_steps: of "wsd"; None takes 20 % of the steps.
+      weight_decay: of everything but norms, biases and the router's correction bias.
+      clip_norm: the gradients' largest global norm; None does not clip.
+      z_loss: factor of `NextTokenLoss.z_loss`.
+      balance_loss: factor of `NextTokenLoss.balance_loss`; DeepSeek-V3 takes 1e-4.
+      router_bias_rate: of `update_router_bias`; 0 leaves the bias alone.
+      num_micro_batches: parts of a batch whose gradients are added up one after the other.
+      remat: what the backward pass computes again, see `next_token_loss`.
+      chunk_tokens: see `next_token_loss`.
+
+    Raises:
+      ValueError: a value is out of its range.
+    """
+
+    num_steps: int
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    learning_rate: float = 3e-4
+    final_learning_rate: float = 0.0
+    warmup_steps: int | None = None
+    decay_steps: int | None = None
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    z_loss: float = 0.0
+    balance_loss: float = 0.0
+    router_bias_rate: float = 1e-3
+    num_micro_batches: int = 1
+    remat: Remat = "none"
+    chunk_tokens: int = 4096
+    precision: Precision = dataclasses.field(default_factory=Precision)
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}")
+        for name in ("num_steps", "num_micro_batches", "chunk_tokens"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in (
+            "learning_rate", "final_learning_rate", "weight_decay", "clip_norm", "z_loss",
+            "balance_loss", "router_bias_rate",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+        for name in ("b1", "b2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+        self.rate  # noqa: B018 - checks the lengths of the schedule
+
+    @functools.cached_property
+    def rate(self) -> Schedule:
+        """The learning rate by step."""
+        warmup = max(self.num_steps // 100, 1) if self.warmup_steps is None else self.warmup_steps
+        options = {
+            "num_steps": self.num_steps,
+            "warmup_steps": warmup,
+            "final": self.final_learning_rate,
+        }
+        if self.schedule == "cosine":
+            return cosine(self.learning_rate, **options)
+        decay = self.num_steps // 5 if self.decay_steps is None else self.decay_steps
+        return warmup_stable_decay(self.learning_rate, decay_steps=decay, **options)

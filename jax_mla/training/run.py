@@ -1,0 +1,202 @@
+"""The training loop: steps, reports, checkpoints, and going on where a run was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from jax_mla.config import DeepSeekConfig
+from jax_mla.functional import Params
+from jax_mla.sharding import ShardingRules
+from jax_mla.training.checkpoints import Checkpoints
+from jax_mla.training.data import TokenRows
+from jax_mla.training.processes import any_process
+from jax_mla.training.recipe import Recipe
+from jax_mla.training.state import TrainState, abstract_state, init_state
+from jax_mla.training.step import StepMetrics, check_rows, place_batch, train_step
+
+# Fields of a recipe that a resumed run may have otherwise: how far it goes, and how its sums are
+# cut into parts.
+_MAY_CHANGE = {"num_steps", "num_micro_batches", "remat", "chunk_tokens"}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """One step in numbers of Python.
+
+    Attributes:
+      step: counted from 1.
+      loss: in nats a token.
+      num_tokens: tokens whose prediction was counted.
+      seconds: since the report before; of the first step, since it began, compilation included.
+      tokens_per_second: of all tokens of the batch.
+      largest_load: tokens of the busiest expert over the mean, in the worst layer; None without
+        experts.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    is_skipped: bool
+    largest_load: float | None
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """The last state, and whether the run came to its end or was asked to stop."""
+
+    state: TrainState
+    reason: Literal["finished", "stopped"]
+
+
+def train(
+    config: DeepSeekConfig,
+    recipe: Recipe,
+    data: TokenRows,
+    *,
+    seed: int = 0,
+    params: Params | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 1000,
+    resume: bool = False,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+    on_notice: Callable[[str], None] = print,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Trains for `recipe.num_steps` batches; deterministic, and so is a run that was interrupted.
+
+    Args:
+      data: batch i is that of step i.
+      seed: of the initial weights.
+      params: weights to start from instead.
+      checkpoints: where to save every `save_every` steps and at the end; None does not save.
+      resume: goes on from the newest whole step of `checkpoints`, on any mesh; begins anew where
+        there is none.
+      on_step: is called once for every step, while the next one is computed.
+      on_notice: is told from where a run resumes, and of steps that were damaged.
+      should_stop: asked after every step; True in any process saves and returns.
+
+    Raises:
+      ValueError: the folder holds steps and `resume` is False; the config, recipe or data are not
+        those of the saved run (both values are named); or the loss is not finite, in which case
+        nothing is saved after the last good step.
+    """
+    check_rows(data.batch_rows, data.row_tokens, recipe=recipe, mesh=mesh, rules=rules)
+    record = _record(config, recipe, data, seed)
+    state = None
+    if checkpoints is not None and checkpoints.steps():
+        if not resume:
+            found = ", ".join(map(str, checkpoints.steps()))
+            raise ValueError(
+                f"{checkpoints.folder} holds steps {found}: resume, or train elsewhere"
+            )
+        state = _resumed(checkpoints, record, config, recipe, mesh, rules, on_notice)
+    if state is None:
+        key = jax.random.key(seed)
+        state = init_state(key, config, recipe=recipe, params=params, mesh=mesh, rules=rules)
+    saved = step = int(state.step)
+    began, waiting = time.perf_counter(), None
+    reason: Literal["finished", "stopped"] = "finished"
+
+    def settle() -> None:
+        """Reports the step that is being computed, which waits for it."""
+        nonlocal began, waiting
+        if waiting is not None:
+            (number, metrics), waiting = waiting, None
+            report, began = _report(number, metrics, data.batch_tokens, began)
+            if not (math.isfinite(report.loss) or report.is_skipped):
+                raise ValueError(f"the loss of step {number} is {report.loss}")
+            on_step(report)
+
+    def save(state: TrainState) -> None:
+        nonlocal saved
+        settle()
+        if checkpoints is not None and saved != step:
+            checkpoints.save(state, record | {"step": step})
+            saved = step
+
+    while step < recipe.num_steps:
+        batch = place_batch(data.batch(step), mesh, rules)
+        state, metrics = train_step(state, config, batch, recipe=recipe, mesh=mesh, rules=rules)
+        step += 1
+        settle()
+        waiting = (step, metrics)
+        if step % save_every == 0:
+            save(state)
+        if any_process(should_stop()):
+            reason = "stopped"
+            break
+    save(state)
+    if checkpoints is not None:
+        checkpoints.wait()
+    return TrainResult(state, reason)
+
+
+def _record(config, recipe, data, seed) -> dict[str, Any]:
+    """What must be equal in a run that resumes this one, as it will read back from JSON."""
+    record = {
+        "config": dataclasses.asdict(config),
+        "recipe": dataclasses.asdict(recipe),
+        "data": data.fingerprint(),
+        "seed": seed,
+    }
+    return json.loads(json.dumps(record))
+
+
+def _resumed(checkpoints, record, config, recipe, mesh, rules, on_notice) -> TrainState:
+    def check(saved: dict[str, Any]) -> None:
+        for name, found, wanted in _differences(saved, record):
+            raise ValueError(f"{checkpoints.folder} was trained with {name} {found}, not {wanted}")
+
+    like = abstract_state(config, recipe=recipe, mesh=mesh, rules=rules)
+    restored = checkpoints.restore(like, check=check)
+    for reason in restored.damaged:
+        on_notice(reason)
+    on_notice(f"resuming after step {int(restored.state.step)}")
+    return restored.state
+
+
+def _differences(saved: Any, wanted: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Name, saved and wanted value of everything in `wanted` that was saved otherwise."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        return [
+            difference
+            for key in wanted
+            if f"{name}.{key}" not in {f".recipe.{field}" for field in _MAY_CHANGE}
+            for difference in _differences(saved.get(key), wanted[key], f"{name}.{key}")
+        ]
+    return [] if saved == wanted else [(name.removeprefix("."), saved, wanted)]
+
+
+def _report(
+    step: int, metrics: StepMetrics, batch_tokens: int, began: float
+) -> tuple[StepReport, float]:
+    loss, load = float(metrics.loss), metrics.load  # waits for the step
+    now = time.perf_counter()
+    largest = None if load is None else float((load.max(axis=-1) / load.mean(axis=-1)).max())
+    seconds = now - began
+    report = StepReport(
+        step=step,
+        loss=loss,
+        grad_norm=float(metrics.grad_norm),
+        learning_rate=float(metrics.learning_rate),
+        num_tokens=int(metrics.num_tokens),
+        is_skipped=bool(metrics.is_skipped),
+        largest_load=largest,
+        seconds=seconds,
+        tokens_per_second=batch_tokens / seconds,
+    )
+    return report, now

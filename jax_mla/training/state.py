@@ -1,0 +1,142 @@
+"""What a training run changes: weights, optimizer state and counters, and where they live."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.training.dynamic_scale import DynamicScale
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jax_mla.config import DeepSeekConfig
+from jax_mla.functional import Params, init, param_shardings
+from jax_mla.sharding import ShardingRules
+from jax_mla.training.optimizer import make_optimizer
+from jax_mla.training.recipe import Recipe
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that one training step takes and gives; also, of that, all shapes or shardings.
+
+    Attributes:
+      params: the weights in `Precision.param`; a router's correction bias in float32.
+      opt_state: of optax.
+      step: batches seen, which is the position in the data; an int32 scalar, like the next.
+      num_skipped: batches that changed nothing because float16 gradients overflowed.
+      loss_scale: what float16 losses are multiplied by; None for other formats.
+    """
+
+    params: Params
+    opt_state: Any
+    step: Any
+    num_skipped: Any
+    loss_scale: DynamicScale | None
+
+
+def init_state(
+    key: Array,
+    config: DeepSeekConfig,
+    *,
+    recipe: Recipe,
+    params: Params | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> TrainState:
+    """The state before the first step, made where it is to live.
+
+    Args:
+      params: weights to start from, for fine-tuning; they are copied. None draws them with `key`.
+      mesh: places the state by `rules`; None leaves it on one device.
+    """
+    return _maker(config, recipe, mesh, rules)(key, params)
+
+
+@functools.lru_cache
+def _maker(config, recipe, mesh, rules):
+    """`_make`, jitted once for all runs of a recipe."""
+    shardings = None if mesh is None else state_shardings(config, mesh, rules, recipe=recipe)
+    return jax.jit(lambda key, params: _make(key, params, config, recipe), out_shardings=shardings)
+
+
+def _make(key, params: Params | None, config: DeepSeekConfig, recipe: Recipe) -> TrainState:
+    precision = recipe.precision
+    start = params or init(key, dataclasses.replace(config, dtype=precision.param))
+    params = precision.to_param(start)
+    scale = None
+    if precision.compute == "float16":
+        scale = DynamicScale(
+            fin_steps=jnp.zeros((), jnp.int32),  # pyright: ignore[reportArgumentType]
+            scale=jnp.full((), 2.0**16),  # pyright: ignore[reportArgumentType]
+        )
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(params, make_optimizer(recipe).init(params), zero, zero, scale)
+
+
+def abstract_state(
+    config: DeepSeekConfig,
+    *,
+    recipe: Recipe,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> TrainState:
+    """`init_state` with ShapeDtypeStructs instead of arrays, placed if there is a mesh."""
+    shapes = _abstract(config, recipe)
+    if mesh is None:
+        return shapes
+    shardings = state_shardings(config, mesh, rules, recipe=recipe)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+@functools.lru_cache
+def _abstract(config: DeepSeekConfig, recipe: Recipe) -> TrainState:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda key: _make(key, None, config, recipe), key)
+
+
+def state_shardings(
+    config: DeepSeekConfig, mesh: Mesh, rules: ShardingRules | None = None, *, recipe: Recipe
+) -> TrainState:
+    """The tree of `init_state`, holding a NamedSharding where it holds an array.
+
+    Weights go where `rules` say, the optimizer's moments where `rules.optimizer()` says, scalars
+    to every device.
+
+    Raises:
+      ValueError: a mesh axis does not divide the axis that it is to split.
+    """
+    rules = ShardingRules() if rules is None else rules
+    shapes, everywhere = _abstract(config, recipe), NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(lambda _: everywhere, shapes)
+    of_moments = {
+        _names(path): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(
+            param_shardings(config, mesh, rules.optimizer())
+        )
+    }
+
+    def place(path, x):
+        # A moment lies in a tree like that of the weights, so its path ends with its weight's.
+        names = _names(path)
+        ends = (names[i:] for i in range(len(names)))
+        return everywhere if x.ndim == 0 else next(of_moments[e] for e in ends if e in of_moments)
+
+    return dataclasses.replace(
+        placed,
+        params=param_shardings(config, mesh, rules),
+        opt_state=jax.tree_util.tree_map_with_path(place, shapes.opt_state),
+    )
+
+
+def _names(path) -> tuple[str, ...]:
+    """The dict keys of a path; what lies between them in optax's tuples has no part in it."""
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))

@@ -1,0 +1,228 @@
+"""One training step: gradients of a batch in parts, the update, the router's bias."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.dynamic_scale import DynamicScale
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_mla.config import DeepSeekConfig
+from jax_mla.functional import Params, param_shardings
+from jax_mla.sharding import Placement, ShardingRules
+from jax_mla.training.loss import LossSums, counted, loss_sums
+from jax_mla.training.optimizer import make_optimizer
+from jax_mla.training.recipe import Recipe
+from jax_mla.training.router_bias import update_router_bias
+from jax_mla.training.state import TrainState, state_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of tokens; the other two fields as in `next_token_loss`."""
+
+    tokens: Int[Array | np.ndarray, "B T"]
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None
+    loss_mask: Bool[Array | np.ndarray, "B T"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What a step saw. The first five as in `NextTokenLoss`; of the batch, before the update.
+
+    Attributes:
+      grad_norm: global, before clipping.
+      learning_rate: that of this step.
+      is_skipped: float16 gradients overflowed, and nothing but the loss scale was changed.
+    """
+
+    loss: Float[Array, ""]
+    load: Int[Array, "L E"] | None
+    num_tokens: Int[Array, ""]
+    z_loss: Float[Array, ""]
+    balance_loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    is_skipped: Bool[Array, ""]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "recipe", "mesh", "rules"), donate_argnames=("state",)
+)
+def train_step(
+    state: TrainState,
+    config: DeepSeekConfig,
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> tuple[TrainState, StepMetrics]:
+    """Updates the weights with one batch. Jitted; `state` is donated, so use only what returns.
+
+    The result does not depend on `recipe.num_micro_batches` but for rounding: means are over all
+    tokens of the batch. The router's bias moves once, by the load of the whole batch.
+
+    Args:
+      batch: see `place_batch` for putting it on a mesh.
+      mesh: constrains gradients to `rules.gradients()` and the new state to where the old one
+        was; None for a single device.
+
+    Raises:
+      ValueError: the rows cannot be divided by the micro-batches and the devices of `rules.batch`.
+    """
+    rules = ShardingRules() if rules is None else rules
+    check_rows(*batch.tokens.shape, recipe=recipe, mesh=mesh, rules=rules)
+    scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+    num_tokens = counted(batch.tokens, batch.segment_ids, batch.loss_mask).sum()
+    count = jnp.maximum(num_tokens, 1)
+
+    def gradients_of(batch: Batch) -> tuple[Params, LossSums]:
+        def objective(params):
+            sums = loss_sums(
+                params,
+                config,
+                batch.tokens,
+                counted(batch.tokens, batch.segment_ids, batch.loss_mask),
+                batch.segment_ids,
+                precision=recipe.precision,
+                remat=recipe.remat,
+                chunk_tokens=recipe.chunk_tokens,
+                rules=None if mesh is None else rules,
+            )
+            total = (sums.nll + recipe.z_loss * sums.squared_lse) / count
+            total += recipe.balance_loss * sums.balance / num_rows
+            return total * scale, sums
+
+        gradients, sums = jax.grad(objective, has_aux=True)(state.params)
+        gradients = jax.tree.map(lambda g: g.astype(recipe.precision.reduce), gradients)
+        if mesh is not None:
+            placed = param_shardings(config, mesh, rules.gradients())
+            gradients = jax.lax.with_sharding_constraint(gradients, placed)
+        return gradients, sums
+
+    num_rows = batch.tokens.shape[0]
+    gradients, sums = _added_up(gradients_of, batch, recipe.num_micro_batches)
+    gradients = jax.tree.map(lambda g, p: g.astype(p.dtype) / scale, gradients, state.params)
+    new_state, is_finite = _updated(state, gradients, sums.load, recipe)
+    if mesh is not None:
+        new_state = jax.lax.with_sharding_constraint(
+            new_state, state_shardings(config, mesh, rules, recipe=recipe)
+        )
+    return new_state, StepMetrics(
+        loss=sums.nll / count,
+        load=sums.load,
+        num_tokens=num_tokens,
+        z_loss=sums.squared_lse / count,
+        balance_loss=sums.balance / num_rows,
+        grad_norm=optax.tree.norm(gradients),
+        learning_rate=jnp.asarray(recipe.rate(state.step - state.num_skipped), jnp.float32),
+        is_skipped=~is_finite,
+    )
+
+
+def place_batch(batch: Batch, mesh: Mesh | None, rules: ShardingRules | None = None) -> Batch:
+    """Puts the rows of a batch on the devices of `rules.batch`, or on one without a mesh.
+
+    Args:
+      batch: the whole of it, in every process.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    rules = ShardingRules() if rules is None else rules
+    sharding = NamedSharding(mesh, rules.spec(("batch", "sequence")))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), batch
+    )
+
+
+def _added_up(gradients_of, batch: Batch, num_parts: int) -> tuple[Params, LossSums]:
+    """Gradients and sums of every part of the batch, added up; one part's activations at a time."""
+    if num_parts == 1:
+        return gradients_of(batch)
+
+    def split(x):
+        # Part i takes the rows i, i + num_parts, ...: where rows are spread over devices, each of
+        # them has rows of every part.
+        return jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0)
+
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradients_of(part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _updated(
+    state: TrainState, gradients: Params, load, recipe: Recipe
+) -> tuple[TrainState, Bool[Array, ""]]:
+    """The next state, and whether the batch had an effect on the weights."""
+    updates, opt_state = make_optimizer(recipe).update(gradients, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    if load is not None and recipe.router_bias_rate and _has_router_bias(params):
+        params = update_router_bias(params, load, recipe.router_bias_rate)
+    step = state.step + 1
+    if state.loss_scale is None:
+        return TrainState(params, opt_state, step, state.num_skipped, None), jnp.array(True)
+    is_finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]).all()
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    num_skipped = state.num_skipped + ~is_finite
+    scale = next_loss_scale(state.loss_scale, is_finite)
+    return TrainState(params, opt_state, step, num_skipped, scale), is_finite
+
+
+def next_loss_scale(scale: DynamicScale, is_finite: Bool[Array, ""]) -> DynamicScale:
+    """Flax's rule, for gradients that were added up outside of `DynamicScale.value_and_grad`.
+
+    The scale is halved by an overflow, and doubled after growth_interval steps without one.
+    """
+    # Its own value_and_grad, of a function whose gradient is 0 or, after an overflow, infinite.
+    slope = jnp.where(is_finite, 0.0, jnp.inf)
+    new_scale, *_ = scale.value_and_grad(lambda x: x * slope)(jnp.ones(()))
+    return new_scale
+
+
+def _has_router_bias(params: Params) -> bool:
+    return "e_score_correction_bias" in params.get("moe_layers", {}).get("mlp", {})
+
+
+def check_rows(
+    num_rows: int,
+    num_tokens: int,
+    *,
+    recipe: Recipe,
+    mesh: Mesh | None,
+    rules: ShardingRules | None,
+) -> None:
+    """A batch can be divided into micro-batches, and those over the devices."""
+    num_parts = recipe.num_micro_batches
+    if num_rows % num_parts:
+        raise ValueError(f"{num_rows} rows cannot be divided into {num_parts} micro-batches")
+    if mesh is None:
+        return
+    place = Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
+    for axis, size, what in (
+        ("batch", num_rows // num_parts, "rows of a micro-batch"),
+        ("sequence", num_tokens, "tokens of a row"),
+    ):
+        if size % (devices := place.num_shards(axis)):
+            raise ValueError(
+                f"{size} {what} cannot be divided over {devices} devices of mesh axis "
+                f"{'+'.join(place.axes(axis))!r}"
+            )

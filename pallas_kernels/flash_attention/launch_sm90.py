@@ -1,0 +1,119 @@
+"""The Hopper kernels as one differentiable function: shapes, masks, residuals.
+
+The kernels themselves are imported when they are first called, for Mosaic GPU is slow to import.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import hardware, varying
+from pallas_kernels.flash_attention.config_sm90 import HEAD_SIZES, ROWS, TILE, Problem
+from pallas_kernels.flash_attention.work_sm90 import Masks
+
+DTYPES = ("bfloat16", "float16")
+
+
+def why_not(q, k, v, *, scale, **options) -> str | None:
+    """Why the Hopper kernels cannot run these arguments here, or None."""
+    del k, options
+    head_sizes = q.shape[-1], v.shape[-1]
+    if head_sizes not in HEAD_SIZES:
+        return f"has tiles for head sizes (K, H) in {list(HEAD_SIZES)}, found {head_sizes}"
+    if str(q.dtype) not in DTYPES:
+        return f"multiplies {' or '.join(DTYPES)}, found {q.dtype}"
+    if scale <= 0:
+        return f"keeps the maximum of scores times a positive scale, found {scale}"
+    return hardware.missing_gpu((9, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a trace is specialised on."""
+
+    problem: Problem
+    has_lengths: bool  # so that a query may see nothing
+    num_sms: int
+
+
+@functools.partial(
+    jax.jit, static_argnames=("causal", "scale", "return_lse", "deterministic", "num_sms")
+)
+def flash_attention_sm90(
+    q, k, v, *, causal, scale, segment_ids, lengths, return_lse, deterministic, num_sms=None
+):
+    """See `flash_attention`. Every sum has a fixed order, so `deterministic` asks for nothing."""
+    del deterministic
+    (B, T, N, K), (S, G, H) = q.shape, v.shape[1:]
+    if lengths is not None:
+        # Keys past the length may hold NaN, and 0 * NaN is NaN: none may reach a matmul.
+        is_past = (jnp.arange(S)[None, :] >= lengths[:, None])[:, :, None, None]
+        k, v = jnp.where(is_past, 0, k), jnp.where(is_past, 0, v)
+    masks = _masks(B, T, S, segment_ids, lengths)
+    q, k, v = _pad(q, ROWS), _pad(k, TILE), _pad(v, TILE)
+    problem = Problem(B, q.shape[1], k.shape[1], N, G, K, H, causal, float(scale), offset=S - T)
+    static = Static(problem, lengths is not None, num_sms or hardware.num_sms())
+    q, k, v, *masks = varying.align(q, k, v, *masks)
+    out, lse = _attention(static, q, k, v, Masks(*masks))
+    out = out[:, :T]
+    return (out, jnp.swapaxes(lse[:, :, :T], 1, 2)) if return_lse else out
+
+
+def _masks(B, T, S, segment_ids, lengths) -> Masks:
+    """Ids are padded to whole tiles, for kernels read them without a bounds check."""
+    key_ends = jnp.full((B,), S) if lengths is None else jnp.minimum(lengths, S)
+    query_ids = key_ids = None
+    if segment_ids is not None:
+        key_ids = jnp.asarray(segment_ids, jnp.int32)
+        query_ids = jnp.pad(key_ids[:, S - T :], ((0, 0), (0, -T % TILE)), mode="edge")
+        key_ids = jnp.pad(key_ids, ((0, 0), (0, -S % TILE)), mode="edge")
+    return Masks(key_ends.astype(jnp.int32), query_ids, key_ids)
+
+
+def _pad(x, least):
+    """Zeros behind until TMA can copy it in tiles of 8 tokens, and a box of `least` fits."""
+    size = max(-(-x.shape[1] // 8) * 8, least)
+    return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)))
+
+
+def _forward(static: Static, q, k, v, masks: Masks) -> tuple[jax.Array, ...]:
+    """out "B T N H" and lse "B N T", T rounded up to whole tiles in lse."""
+    from pallas_kernels.flash_attention.mosaic_gpu_sm90 import forward
+
+    results = forward(static.problem, masks, q, k, v, num_sms=static.num_sms)
+    return varying.align(q, *results)[1:]
+
+
+def _forward_with_residuals(static, q, k, v, masks):
+    out, lse = _forward(static, q, k, v, masks)
+    return (out, lse), (q, k, v, masks, out, lse)
+
+
+def _gradients(static, residuals, cotangents):
+    from pallas_kernels.flash_attention import mosaic_gpu_sm90_backward as backward
+
+    q, k, v, masks, out, lse = residuals
+    dout, dlse = cotangents
+    # d(score) = p * (dp - delta), for sum(p * dp) = sum(dout * out) and d(lse) / d(score) = p.
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    delta = jnp.swapaxes(delta, 1, 2)
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2]))) - dlse
+    start = -lse / static.problem.scale
+    if static.has_lengths:
+        # An empty row has no gradient, even where log or division made its cotangent NaN.
+        is_empty = lse == -jnp.inf
+        start, delta = jnp.where(is_empty, -jnp.inf, start), jnp.where(is_empty, 0, delta)
+        is_empty = jnp.swapaxes(is_empty[:, :, : dout.shape[1]], 1, 2)[..., None]
+        dout = jnp.where(is_empty, 0, dout)
+    stats = jnp.stack([start, -delta], 2)
+    operands = static.problem, masks, q, k, v, dout, stats
+    dq = backward.query_gradient(*operands, num_sms=static.num_sms)
+    dk, dv = backward.key_gradients(*operands, num_sms=static.num_sms)
+    dq, dk, dv = varying.align(q, dq, dk, dv)[1:]
+    return dq, dk, dv, jax.tree.map(lambda _: None, masks)
+
+
+_attention = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_attention.defvjp(_forward_with_residuals, _gradients)

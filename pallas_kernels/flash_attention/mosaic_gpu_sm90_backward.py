@@ -1,0 +1,284 @@
+"""Gradients of flash attention on Hopper, bitwise reproducible: one kernel for q, one for k and v.
+
+Both recompute the probabilities p = exp(scale * (q @ k.T - lse / scale)) and the gradient of the
+scores, ds = p * (dout @ v.T - delta). The sums of both products start from -lse / scale and -delta,
+which then need no registers of their own. Derivation, schedule and figures are in NOTES.md.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic_compat
+from pallas_kernels.flash_attention.config_sm90 import (
+    BACKWARD_KEYS,
+    BACKWARD_QUERIES,
+    MAX_GRADIENT_COLUMNS,
+    ROWS,
+    TILE,
+    Config,
+    Problem,
+)
+from pallas_kernels.flash_attention.parts_sm90 import (
+    NUM_CONSUMERS,
+    PER_COLUMN,
+    PER_ROW,
+    Ring,
+    add_products,
+    at_step,
+    for_each_block,
+    for_each_head,
+    for_each_tile,
+    hide_keys,
+    hide_queries,
+    matrices,
+    packed,
+    per_column,
+    per_row,
+    ring,
+    run_kernel,
+    zeros,
+)
+from pallas_kernels.flash_attention.work_sm90 import Masks, key_tiles, query_tiles
+
+
+def query_gradient(
+    problem: Problem, masks: Masks, q, k, v, dout, stats, *, num_sms, config: Config | None = None
+) -> jax.Array:
+    """dq "B T N K". stats "B N 2 T" are -lse / scale and -delta."""
+    config = config or BACKWARD_QUERIES[problem.K, problem.H]
+    num_ctas = min(config.num_ctas or num_sms, -(-problem.T // TILE) * problem.B * problem.N)
+    k_stages, v_stages = config.num_stages
+
+    def body(*refs, **scratch):
+        return _query_body(problem, config, *refs, **scratch)
+
+    return run_kernel(
+        body,
+        "flash_attention_dq",
+        config=config,
+        num_ctas=num_ctas,
+        out_type=jax.ShapeDtypeStruct((problem.B, problem.T, problem.N, problem.K), q.dtype),
+        scratch_types={
+            "q_smem": matrices((NUM_CONSUMERS, ROWS, problem.K), q.dtype),
+            "dout_smem": matrices((NUM_CONSUMERS, ROWS, problem.H), q.dtype),
+            "tile_full": plgpu.Barrier(num_barriers=NUM_CONSUMERS, num_arrivals=2),
+            "keys": ring(k_stages, matrices((k_stages, config.block, problem.K), q.dtype)),
+            "values": ring(v_stages, matrices((v_stages, config.block, problem.H), q.dtype)),
+        },
+    )(q, k, v, dout, stats, query_tiles(problem, masks, config, num_ctas), *masks)
+
+
+def _query_body(
+    problem, config, q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem, tiles, key_ends, query_ids,
+    key_ids, dq_gmem, *, q_smem, dout_smem, tile_full, keys, values,
+):  # fmt: skip
+    masks = Masks(key_ends, query_ids, key_ids)
+    keys, values = Ring(*keys), Ring(*values)
+    log2_scale = problem.scale * math.log2(math.e)
+
+    def load_tile(tile, begin):
+        b, g = tile.b, tile.head // problem.group
+
+        def load_block(step, _):
+            block = pl.ds(tile.block(step - begin) * config.block, config.block)
+            keys.fill(step, k_gmem.at[b, block, g])
+            values.fill(step, v_gmem.at[b, block, g])
+
+        end = begin + tile.num_blocks
+        lax.fori_loop(begin, end, load_block, None)
+        return end
+
+    def consume(wg):
+        full = tile_full.at[wg]
+
+        def differentiate_tile(tile, begin):
+            own = at_step(wg, begin)
+            q_tile, dout_tile = q_smem.at[own], dout_smem.at[own]
+            first_query = tile.place * TILE + wg * ROWS
+            rows = tile.b, pl.ds(first_query, ROWS), tile.head
+            plgpu.copy_gmem_to_smem(q_gmem.at[rows], q_tile, full)
+            plgpu.copy_gmem_to_smem(dout_gmem.at[rows], dout_tile, full)
+            lse, delta = (
+                mosaic_compat.load(
+                    stats_gmem.at[tile.b, tile.head, i, rows[1]], PER_ROW, is_optimized=False
+                )
+                for i in range(2)
+            )
+            plgpu.barrier_wait(full)
+
+            def meet(is_masked, step, dq):
+                keys.wait(step)
+                values.wait(step)
+                k_smem = keys.smems[0].at[keys.slot(step)]
+                v_smem = values.smems[0].at[values.slot(step)]
+                own = at_step(wg, step)
+                start = per_row(lse, (ROWS, config.block))
+                (scores,) = add_products((start, q_smem.at[own], k_smem.T))
+                if is_masked:
+                    first_key = tile.masked_block(step - begin) * config.block
+                    scores = hide_keys(problem, masks, tile.b, first_query, first_key, scores)
+                p = packed(jnp.exp2(scores * log2_scale).astype(k_smem.dtype))
+                start = per_row(delta, (ROWS, config.block))
+                (dp,) = add_products((start, dout_smem.at[own], v_smem.T))
+                values.release(step)
+                ds = (p.astype(jnp.float32) * dp).astype(k_smem.dtype)
+                (dq,) = add_products((dq, ds, k_smem))
+                keys.release(step)
+                return dq
+
+            dq = for_each_block(tile, begin, meet, zeros((ROWS, problem.K)))
+            q_tile[...] = (problem.scale * dq).astype(q_tile.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_tile, dq_gmem.at[rows])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            return begin + tile.num_blocks
+
+        for_each_tile(tiles, differentiate_tile)
+
+    return lambda: for_each_tile(tiles, load_tile), consume
+
+
+def key_gradients(
+    problem: Problem, masks: Masks, q, k, v, dout, stats, *, num_sms, config: Config | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """dk "B S G K" and dv "B S G H", summed over the query heads of a group."""
+    config = config or BACKWARD_KEYS[problem.K, problem.H]
+    num_ctas = min(config.num_ctas or num_sms, -(-problem.S // TILE) * problem.B * problem.G)
+    q_stages, dout_stages = config.num_stages
+    shape = problem.B, problem.S, problem.G
+    dk_type = jax.ShapeDtypeStruct((*shape, problem.K), q.dtype)
+    dv_type = jax.ShapeDtypeStruct((*shape, problem.H), q.dtype)
+
+    def body(*refs, **scratch):
+        return _key_body(problem, config, *refs, **scratch)
+
+    def launch(*out_type):
+        return run_kernel(
+            body,
+            "flash_attention_dk_dv",
+            config=config,
+            num_ctas=num_ctas,
+            out_type=out_type,
+            scratch_types={
+                "k_smem": matrices((NUM_CONSUMERS, ROWS, problem.K), q.dtype),
+                "v_smem": matrices((NUM_CONSUMERS, ROWS, problem.H), q.dtype),
+                "tile_full": plgpu.Barrier(num_barriers=NUM_CONSUMERS, num_arrivals=2),
+                "queries": ring(
+                    q_stages,
+                    matrices((q_stages, config.block, problem.K), q.dtype),
+                    plgpu.SMEM((q_stages, 2, config.block), jnp.float32),
+                ),
+                "douts": ring(
+                    dout_stages, matrices((dout_stages, config.block, problem.H), q.dtype)
+                ),
+            },
+        )(q, k, v, dout, stats, key_tiles(problem, masks, config, num_ctas), *masks)
+
+    if problem.K + problem.H <= MAX_GRADIENT_COLUMNS:
+        dk, dv = launch(dk_type, dv_type)
+    else:
+        (dk, _), (_, dv) = launch(dk_type, None), launch(None, dv_type)
+    return dk, dv
+
+
+def _key_body(
+    problem, config, q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem, tiles, key_ends, query_ids,
+    key_ids, dk_gmem, dv_gmem, *, k_smem, v_smem, tile_full, queries, douts,
+):  # fmt: skip
+    masks = Masks(key_ends, query_ids, key_ids)
+    queries, douts = Ring(*queries), Ring(*douts)
+
+    def load_tile(tile, begin):
+        def load_head(head, begin):
+            n = tile.head * problem.group + head
+
+            def load_block(step, _):
+                block = pl.ds(tile.block(step - begin) * config.block, config.block)
+                queries.fill(step, q_gmem.at[tile.b, block, n], stats_gmem.at[tile.b, n, :, block])
+                douts.fill(step, dout_gmem.at[tile.b, block, n])
+
+            end = begin + tile.num_blocks
+            lax.fori_loop(begin, end, load_block, None)
+            return end
+
+        return for_each_head(problem, load_head, begin)
+
+    def consume(wg):
+        full = tile_full.at[wg]
+
+        def differentiate_tile(tile, begin):
+            k_tile, v_tile = k_smem.at[wg], v_smem.at[wg]
+            first_key = tile.place * TILE + wg * ROWS
+            rows = tile.b, pl.ds(first_key, ROWS), tile.head
+            plgpu.copy_gmem_to_smem(k_gmem.at[rows], k_tile, full)
+            plgpu.copy_gmem_to_smem(v_gmem.at[rows], v_tile, full)
+            plgpu.barrier_wait(full)
+
+            def meet_head(head, state):
+                first_step = begin + head * tile.num_blocks
+
+                def hide(step, scores):
+                    first_query = tile.masked_block(step - first_step) * config.block
+                    return hide_queries(problem, masks, tile.b, first_query, first_key, scores)
+
+                def meet(is_masked, step, state):
+                    hider = hide if is_masked else None
+                    own = at_step(wg, step)
+                    tiles = k_smem.at[own], v_smem.at[own]
+                    return _key_step(problem, step, state, *tiles, queries, douts, hider)
+
+                return for_each_block(tile, first_step, meet, state)
+
+            # None for what another launch computes.
+            dk: Any = None if dk_gmem is None else zeros(k_tile.shape)
+            dv: Any = None if dv_gmem is None else zeros(v_tile.shape)
+            dk, dv = for_each_head(problem, meet_head, (dk, dv))
+            if dk_gmem is not None:
+                k_tile[...] = (problem.scale * dk).astype(k_tile.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(k_tile, dk_gmem.at[rows])
+            if dv_gmem is not None:
+                v_tile[...] = dv.astype(v_tile.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(v_tile, dv_gmem.at[rows])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            return begin + problem.group * tile.num_blocks
+
+        for_each_tile(tiles, differentiate_tile)
+
+    return lambda: for_each_tile(tiles, load_tile), consume
+
+
+def _key_step(problem, step, state, k_tile, v_tile, queries, douts, hide):
+    """One block of queries; scores are transposed, keys by queries."""
+    dk, dv = state
+    log2_scale = problem.scale * math.log2(math.e)
+    queries.wait(step)
+    q_smem, stats = (smem.at[queries.slot(step)] for smem in queries.smems)
+    shape = ROWS, q_smem.shape[0]
+    lse = per_column(mosaic_compat.load(stats.at[0], PER_COLUMN), shape)
+    (scores,) = add_products((lse, k_tile, q_smem.T))
+    scores = hide(step, scores) if hide else scores
+    p = packed(jnp.exp2(scores * log2_scale).astype(q_smem.dtype))
+    douts.wait(step)
+    dout_smem = douts.smems[0].at[douts.slot(step)]
+    if dk is None:
+        (dv,) = add_products((dv, p, dout_smem))
+    else:
+        delta = per_column(mosaic_compat.load(stats.at[1], PER_COLUMN), shape)
+        (dp,) = add_products((delta, v_tile, dout_smem.T))
+        ds = (p.astype(jnp.float32) * dp).astype(q_smem.dtype)
+        if dv is None:
+            (dk,) = add_products((dk, ds, q_smem))
+        else:
+            dk, dv = add_products((dk, ds, q_smem), (dv, p, dout_smem))
+    douts.release(step)
+    plgpu.commit_smem()  # stats were read by ordinary loads, TMA will overwrite them
+    queries.release(step)
+    return dk, dv

@@ -1,0 +1,198 @@
+"""What the Hopper kernels share: their three warpgroups, rings of blocks, the walk over tiles."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic_compat
+from pallas_kernels.flash_attention.config_sm90 import Config, Problem
+from pallas_kernels.flash_attention.work_sm90 import Masks, Tile
+
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW, PER_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
+Accumulator = plgpu.WGMMAAccumulatorRef
+NUM_CONSUMERS = 2
+
+
+def matrices(shape, dtype):
+    """Shared memory for matrices that wgmma reads."""
+    return plgpu.SMEM(shape, dtype, transforms=mosaic_compat.matmul_tiles(shape[-1], dtype))
+
+
+def ring(num_stages, *smems):
+    """Scratch of a Ring; every one of `smems` is filled by one copy a step."""
+    return (
+        smems,
+        plgpu.Barrier(num_barriers=num_stages, num_arrivals=len(smems)),
+        plgpu.Barrier(num_barriers=num_stages, num_arrivals=NUM_CONSUMERS),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Stages in shared memory that the memory warpgroup fills and both consumers empty.
+
+    Steps are numbered through all tiles of a CTA, for barriers keep their phase between tiles.
+    """
+
+    smems: Any
+    full: Any
+    free: Any
+
+    def slot(self, step):
+        num_stages = self.smems[0].shape[0]
+        return at_step(0, step) if num_stages == 1 else lax.rem(step, jnp.int32(num_stages))
+
+    def fill(self, step, *gmems):
+        slot = self.slot(step)
+
+        @pl.when(step >= self.smems[0].shape[0])
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+
+        for gmem, smem in zip(gmems, self.smems, strict=True):
+            plgpu.copy_gmem_to_smem(gmem, smem.at[slot], self.full.at[slot])
+
+    def wait(self, step):
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
+
+    def release(self, step):
+        plgpu.barrier_arrive(self.free.at[self.slot(step)])
+
+
+def run_kernel(body, name, *, out_type, num_ctas, config: Config, scratch_types):
+    """`plgpu.kernel` whose body is a pair: what loads, and what each consumer does."""
+
+    def kernel(*refs, **scratch):
+        load, consume = body(*refs, **scratch)
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == NUM_CONSUMERS)
+        def _():
+            plgpu.set_max_registers(config.memory_registers, action="decrease")
+            load()
+
+        for consumer in range(NUM_CONSUMERS):  # a branch each: constant addresses save registers
+
+            @pl.when(wg == consumer)
+            def _(consumer=consumer):
+                plgpu.set_max_registers(config.registers, action="increase")
+                consume(consumer)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(num_ctas,),
+        grid_names=("cta",),
+        num_threads=NUM_CONSUMERS + 1,
+        thread_name="wg",
+        kernel_name=name,
+        compiler_params=mosaic_compat.compiler_params(),
+        scratch_types=scratch_types,
+    )
+
+
+def for_each_tile(tiles_gmem, body):
+    """`step = body(tile, step)` for this CTA's tiles, with step 0 for the first."""
+    cta, num_ctas = lax.axis_index("cta"), lax.axis_size("cta")
+    num_turns = (tiles_gmem.shape[0] - cta + num_ctas - 1) // num_ctas
+
+    def visit(turn, step):
+        index = turn * num_ctas + cta
+        tile = Tile(*(tiles_gmem[index, field] for field in range(len(Tile._fields))))
+        return body(tile, step)
+
+    lax.fori_loop(0, num_turns, visit, jnp.int32(0))
+
+
+def for_each_block(tile: Tile, begin, body, carry):
+    """`carry = body(is_masked, step, carry)` for every block that the tile meets."""
+    middle, end = begin + tile.num_masked, begin + tile.num_blocks
+    carry = lax.fori_loop(begin, middle, functools.partial(body, True), carry)
+    return lax.fori_loop(middle, end, functools.partial(body, False), carry)
+
+
+def at_step(index: int, step):
+    """`index` as a value of the step, so that addresses made of it are not computed in front of the
+    loop, from where they would occupy registers."""
+    return index + lax.shift_right_logical(step, jnp.int32(31))  # + 0
+
+
+def for_each_head(problem: Problem, body, carry):
+    """`carry = body(head, carry)` for the query heads of a group."""
+    if problem.group == 1:
+        return body(0, carry)
+    return lax.fori_loop(0, problem.group, body, carry)
+
+
+def packed(x) -> jax.Array:
+    """Keeps 16-bit values two a register; a later cast to float32 would keep each in its own."""
+    return lax.optimization_barrier(x)
+
+
+def zeros(shape) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+
+
+def per_row(vector, shape) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, [0])
+
+
+def per_column(vector, shape) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def add_products(*sums) -> list[Any]:
+    """acc + a @ b for each (acc, a, b), all issued before the wait.
+
+    Rows of tiles in shared memory come from `at_step`: pl.run_state takes no constant index.
+    """
+
+    def issue(refs):
+        for ref, (_, a, b) in zip(refs, sums, strict=True):
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(issue)([Accumulator.init(acc) for acc, _, _ in sums])
+
+
+def hide_keys(problem: Problem, masks: Masks, b, first_query, first_key, scores) -> jax.Array:
+    """Scores "queries keys" of one block, -inf where the definition of the op hides a key."""
+    shape = scores.shape
+    scores = _hide_other_segments(scores, masks.query_ids, masks.key_ids, b, first_query, first_key)
+    # One bound a row: a difference of two iotas would be kept in a register an element.
+    bound = jnp.broadcast_to(masks.key_ends[b], shape[:1])
+    if problem.causal:
+        query = first_query + plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=PER_ROW)
+        bound = jnp.minimum(bound, query + (problem.offset + 1))
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    return jnp.where(column < per_row(bound - first_key, shape), scores, -jnp.inf)
+
+
+def hide_queries(problem: Problem, masks: Masks, b, first_query, first_key, scores) -> jax.Array:
+    """The same for transposed scores "keys queries"."""
+    shape = scores.shape
+    scores = _hide_other_segments(scores, masks.key_ids, masks.query_ids, b, first_key, first_query)
+    key = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=PER_ROW)
+    # The first query of the block that sees a key: none if the key is hidden from all.
+    first = key + (first_key - problem.offset - first_query) if problem.causal else -key
+    num_seen = jnp.broadcast_to(masks.key_ends[b] - first_key, shape[:1])
+    first = jnp.where(key < num_seen, first, jnp.broadcast_to(jnp.int32(shape[1]), shape[:1]))
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    return jnp.where(column >= per_row(first, shape), scores, -jnp.inf)
+
+
+def _hide_other_segments(scores, row_ids, column_ids, b, first_row, first_column):
+    if row_ids is None:
+        return scores
+    shape = scores.shape
+    rows = row_ids.at[b, pl.ds(first_row, shape[0])]
+    columns = column_ids.at[b, pl.ds(first_column, shape[1])]
+    rows = mosaic_compat.load(rows, PER_ROW, is_optimized=False)
+    columns = mosaic_compat.load(columns, PER_COLUMN, is_optimized=False)
+    return jnp.where(per_row(rows, shape) == per_column(columns, shape), scores, -jnp.inf)

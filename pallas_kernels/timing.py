@@ -1,0 +1,118 @@
+"""Seconds that a device spends on a function, without Python's, and the rates that bound them.
+
+On a GPU the calls run inside of one compiled loop, a call ordered behind the one before it: no
+Python and no launch of a program between them, but all the kernels of a call and the gaps between
+these. Sums of kernel times from a profiler would leave the gaps out; calls queued from Python
+measure Python where kernels are short. A call whose arrays fit in the cache would
+find them there, as it would not between the layers of a model: `num_copies` says how many sets of
+arrays to take in turns.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+SAMPLES = 20
+SAMPLE_SECONDS = 0.02  # a sample has as many calls as take this long, so that its start is hidden
+TOTAL_SECONDS = 1.0  # slow functions get fewer samples
+CACHE_BYTES = 64 * 2**20  # more than any listed GPU's level 2
+COPY_BYTES, MATMUL_SIZE = 2 * 2**30, 8192  # of what the device's rates are measured with
+
+
+def repeat(function: Callable[..., Any], num_rounds: int) -> Callable[..., Any]:
+    """A program that calls `function` on every one of its argument tuples, `num_rounds` times.
+
+    Returns what the last call returns. The optimization barrier makes the arguments of a call
+    depend on the result of the one before; it costs nothing on the device.
+    """
+
+    def program(*argument_sets):
+        def one_round(_, out):
+            for arguments in argument_sets:
+                arguments, _ = jax.lax.optimization_barrier((arguments, out))
+                out = function(*arguments)
+            return out
+
+        shapes = jax.eval_shape(function, *argument_sets[0])
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.fori_loop(0, num_rounds, one_round, nothing)
+
+    return jax.jit(program)
+
+
+def measure(
+    function: Callable[..., Any], argument_sets: Sequence[tuple], floor_seconds: float
+) -> tuple[Any, list[float]]:
+    """What `function` returns for the last of `argument_sets`, and samples of seconds a call.
+
+    Args:
+      function: jittable.
+      argument_sets: taken in turns on a GPU; elsewhere the last one only is used.
+      floor_seconds: a call is not expected to be faster.
+    """
+    if jax.default_backend() != "gpu":
+        compiled = jax.jit(function).lower(*argument_sets[-1]).compile()
+        return compiled(*argument_sets[-1]), _queued(compiled, argument_sets[-1])
+    rounds = calls_a_sample(2 * len(argument_sets) * floor_seconds)
+    program = repeat(function, rounds)
+    result = jax.block_until_ready(program(*argument_sets))
+    return result, _sample(lambda: program(*argument_sets), rounds * len(argument_sets))
+
+
+def num_copies(num_bytes: float) -> int:
+    """Sets of arrays of `num_bytes` to take in turns, so that none is in the cache when used."""
+    return max(1, math.ceil(4 * CACHE_BYTES / num_bytes)) if num_bytes < 4 * CACHE_BYTES else 1
+
+
+def calls_a_sample(seconds: float) -> int:
+    """Of a function that takes this long."""
+    return min(max(1, round(SAMPLE_SECONDS / seconds)), 2000)
+
+
+def _sample(run: Callable[[], Any], calls: int) -> list[float]:
+    """Seconds a call of the program `run`, which makes `calls` of them; it has run once before."""
+    samples: list[float] = []
+    while not samples or (len(samples) < SAMPLES and sum(samples) * calls < TOTAL_SECONDS):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        samples.append((time.perf_counter() - start) / calls)
+    return samples
+
+
+def _queued(function: Callable[..., Any], arguments: tuple) -> list[float]:
+    """Seconds a call when calls are queued from Python: fit where they take long, as on a CPU."""
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    calls = calls_a_sample(time.perf_counter() - start)
+
+    def run():
+        for _ in range(calls - 1):
+            function(*arguments)
+        return function(*arguments)
+
+    return _sample(run, calls)
+
+
+@functools.cache
+def copy_bytes_per_second() -> float:
+    """Of a copy within the device's memory: bytes read and written."""
+    x = jax.random.bits(jax.random.key(0), (COPY_BYTES // 4,), jnp.uint32)
+    program = repeat(jnp.invert, 4)
+    jax.block_until_ready(program((x,)))
+    return 2 * x.nbytes / statistics.median(_sample(lambda: program((x,)), 4))
+
+
+@functools.cache
+def matmul_flops_per_second() -> float:
+    """Of XLA's matmul of two square bfloat16 matrices of normal numbers."""
+    size = MATMUL_SIZE
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+    program = repeat(jnp.dot, 20)
+    jax.block_until_ready(program((a, b)))
+    return 2 * size**3 / statistics.median(_sample(lambda: program((a, b)), 20))

@@ -1,0 +1,115 @@
+"""`jax-mla train` in this process: what it writes, prints and refuses."""
+
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+
+import jax_mla
+from jax_mla.cli.main import main
+from jax_mla.cli.train import Signals, mesh_axes
+from jax_mla.training.flops import flops_per_token
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The arguments of a short run of a small dense model."""
+    config = jax_mla.tiny().to_hf() | {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "text.txt").write_text("in the beginning was the word. " * 20)
+    words = f"train --config {tmp_path}/config.json --data {tmp_path}/text.txt --out {tmp_path}/out"
+    return f"{words} --steps 3 --batch 2 --seq 16 --dtype float32".split()
+
+
+def test_a_run_leaves_a_model_metrics_and_checkpoints(small, tmp_path, capsys):
+    assert main([*small, "--json", "--save-every", "2"]) == 0
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert err == "" and summary["reason"] == "finished" and summary["step"] == 3
+    assert summary["mfu"] is None and summary["tokens_per_second"] > 0  # no peak of a CPU is known
+    params, config = jax_mla.load(summary["model"])
+    assert config.hidden_size == 32 and np.isfinite(params["lm_head"]).all()
+    rows = [*map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())]
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["loss"] == summary["loss"]
+    steps = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
+    assert steps == ["step_00000002", "step_00000003"]
+
+    words = ["train", "--model", summary["model"], *small[3:], "--out", str(tmp_path / "more")]
+    assert main(words) == 0
+    more = json.loads((tmp_path / "more/metrics.jsonl").read_text().splitlines()[0])
+    assert more["loss"] < rows[-1]["loss"] and "step 1 " in capsys.readouterr().out
+
+    assert main([*small]) == 2
+    assert "holds steps 2, 3: resume, or train elsewhere" in capsys.readouterr().err
+    assert main([*small, "--resume", "--lr", "1"]) == 2
+    assert "trained with recipe.learning_rate 0.0003, not 1.0" in capsys.readouterr().err
+    assert main([*small, "--resume"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "resuming after step 3\n" and "finished after step 3" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rules zero3", "--rules zero3 splits over a mesh, and there is no --mesh"),
+        ("--mesh data=16", "a mesh of data=16 needs 16 devices, found 8"),
+        ("--mesh data=4", "2 rows of a micro-batch cannot be divided over 4 devices"),
+        ("--micro-batches 3", "2 rows cannot be divided into 3 micro-batches"),
+        ("--seq 10000", "the longest file has 622 tokens, a row needs 10000"),
+        ("--data none.txt", "none.txt is not a file"),
+        ("--lr -1", "learning_rate must be a finite number of at least 0, got -1.0"),
+        ("--warmup 9", "warmup_steps=9 do not fit into num_steps=3"),
+    ],
+)
+def test_bad_input_is_one_line(small, capsys, options, message):
+    assert main([*small, *options.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["tensr=2", "data=2,data=2", "data=0", "data"])
+def test_bad_mesh_axes_are_refused(small, capsys, word):
+    with pytest.raises(SystemExit, match="2"):
+        main([*small, "--mesh", word])
+    assert "data" in capsys.readouterr().err
+
+
+def test_mesh_axes():
+    assert mesh_axes("data=2,tensor=4") == {"data": 2, "tensor": 4}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_signal_is_noticed_and_the_second_obeyed(number):
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with Signals() as signals:
+            assert not signals.came()
+            os.kill(os.getpid(), number)
+            assert signals.came() and signals.name == number.name
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_terminal_sees_a_bar(small, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(small) == 0
+    out, err = capsys.readouterr()
+    assert "3/3" in err and "tokens/s" in err
+    assert out.startswith("finished after step 3\n")
+
+
+def test_flops_count_the_weights_that_a_token_meets():
+    """Of DeepSeek-V3: 37 billion active parameters, without the embedding and with a long row."""
+    config = jax_mla.v3()
+    short, long = (flops_per_token(config, row_tokens) for row_tokens in (0, 4096))
+    assert 36.0e9 < short / 6 < 37.0e9
+    assert long - short == 6 * 61 * 128 * (128 + 64 + 128) * 2048

@@ -1,0 +1,112 @@
+"""Bytes and collectives that `explain_sharding` reports, against what each recipe must cost."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_mla
+from jax_mla import rules
+
+CONFIG = dataclasses.replace(jax_mla.tiny(), num_attention_heads=4, num_hidden_layers=3)
+B, T, D, LAYERS, MOE_LAYERS = 8, 16, CONFIG.hidden_size, 3, 2
+
+
+def shapes(recipe_rules, **sizes):
+    mesh = jax_mla.make_mesh(**sizes)
+    shardings = jax_mla.param_shardings(CONFIG, mesh, recipe_rules)
+    abstract = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), CONFIG))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+
+
+def collectives(recipe_rules, **sizes):
+    tokens = jnp.zeros((B, T), jnp.int32)
+    forward = jax.jit(lambda p: jax_mla.forward(p, CONFIG, tokens, rules=recipe_rules))
+    rows, _ = jax_mla.explain_collectives(forward.lower(shapes(recipe_rules, **sizes)).compile())
+    return rows
+
+
+def total_bytes(params):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+def test_every_device_holds_all_of_ddp_and_an_eighth_of_zero3():
+    everything, _ = jax_mla.explain_sharding(shapes(rules.ddp(), data=8), CONFIG)
+    eighth, _ = jax_mla.explain_sharding(shapes(rules.zero3(), data=8), CONFIG)
+    size = total_bytes(shapes(rules.ddp(), data=8))
+    assert sum(row.bytes_per_device for row in everything) == size
+    assert sum(row.replicated_bytes for row in everything) == pytest.approx(size * 7 / 8, rel=1e-3)
+    # All but norms and the router's bias is split.
+    assert sum(row.bytes_per_device for row in eighth) < size / 8 * 1.02
+    whole = [row.name for row in eighth if row.mesh_axes.count(()) == len(row.mesh_axes)]
+    assert all("norm" in name or name.endswith("bias") for name in whole)
+
+
+def test_a_row_names_its_axes():
+    rows, table = jax_mla.explain_sharding(
+        shapes(rules.tensor_parallel(), tensor=4, expert=2), CONFIG
+    )
+    row = next(row for row in rows if row.name == "moe_layers.mlp.experts.down_proj")
+    assert row.logical_axes == ("layers", "expert", "mlp", "embed")
+    assert row.mesh_axes == ((), ("expert",), ("tensor",), ())
+    assert row.bytes_per_device * 8 == 4 * 2 * 8 * 96 * D and row.replicated_bytes == 0
+    assert "moe_layers.mlp.experts.down_proj" in table
+
+
+def test_data_parallel_forward_sends_nothing():
+    assert collectives(rules.ddp(), data=8) == []
+
+
+def test_tensor_parallel_sends_one_all_reduce_a_half_block():
+    rows = collectives(rules.tensor_parallel(), tensor=4)
+    assert {row.kind for row in rows} == {"all-reduce"} and {row.group_size for row in rows} == {4}
+    assert sum(row.calls for row in rows) == 1 + 2 * LAYERS  # the embedding, two a layer
+    each = 2 * 3 / 4 * B * T * D * 4
+    # A layer's routed and shared experts are two arrays of one call.
+    assert sum(row.bytes_per_device for row in rows) == (1 + 2 * LAYERS + MOE_LAYERS) * each
+
+
+def test_zero3_gathers_every_split_parameter_once():
+    rows = collectives(rules.zero3(), data=8)
+    params = shapes(rules.zero3(), data=8)
+    split = [r for r in jax_mla.explain_sharding(params)[0] if r.mesh_axes != ((),) * len(r.shape)]
+    # The embedding is looked up where it lies, and its rows are exchanged.
+    gathered = sum(8 * r.bytes_per_device for r in split if r.name != "embed_tokens")
+    sent = sum(row.bytes_per_device for row in rows)
+    assert sent == pytest.approx(7 / 8 * gathered, rel=0.05)
+
+
+def test_expert_parallel_sends_tokens_and_no_weights():
+    rows = collectives(rules.dp_attention_ep(), expert=8)
+    assert {row.kind for row in rows} == {"all-to-all"}
+    there_and_back = 2 * MOE_LAYERS
+    room = 8 * T * min(CONFIG.num_experts_per_tok, CONFIG.n_routed_experts // 8)
+    floats = there_and_back * 7 / 8 * room * D * 4
+    indices = MOE_LAYERS * 7 / 8 * room * 4
+    assert sum(row.bytes_per_device for row in rows) == floats + indices
+
+
+def test_arrays_on_no_mesh_are_refused():
+    with pytest.raises(ValueError, match="embed_tokens lies on no mesh"):
+        jax_mla.explain_sharding({"embed_tokens": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a', 'b'}", 8),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", 2),
+    ],
+)
+def test_groups_are_read_in_every_spelling(groups, size):
+    from jax_mla.explain import _group_size
+
+    assert _group_size(f"%x = f32[2] all-reduce(%y), {groups}, to_apply=%add") == size

@@ -1,0 +1,99 @@
+"""Which weights an optimizer decays, moves, and leaves alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import assert_close
+
+import jax_mla
+from jax_mla.training import Recipe, make_optimizer
+from jax_mla.training.optimizer import kinds
+
+RECIPE = Recipe(num_steps=10, warmup_steps=0, learning_rate=0.5, weight_decay=0.2)
+
+
+def named(tree):
+    return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def updates_of(recipe, params, gradients):
+    optimizer = make_optimizer(recipe)
+    update = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])
+    return update(params, gradients)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_without_gradients_only_matrices_and_tables_decay(config, name):
+    config = dataclasses.replace(config, attention_bias=True)
+    params = jax.tree.map(lambda x: x + 1, jax_mla.init(jax.random.key(0), config))
+    recipe = dataclasses.replace(RECIPE, optimizer=name)
+    updates = named(updates_of(recipe, params, jax.tree.map(jnp.zeros_like, params)))
+    still = {name for name, update in updates.items() if not update.any()}
+    assert still == {name for name in updates if "norm" in name or "bias" in name}
+    assert len(still) == 16  # 9 norms, 3 biases in each of two blocks, the router's bias
+    for name, param in named(params).items():
+        if name not in still:
+            assert_close(updates[name], -0.5 * 0.2 * param)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_routers_bias_is_fixed_and_has_no_state(params, name):
+    recipe = dataclasses.replace(RECIPE, optimizer=name)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates = named(updates_of(recipe, params, gradients))
+    fixed = [name for name, update in updates.items() if not update.any()]
+    assert fixed == ["['moe_layers']['mlp']['e_score_correction_bias']"]
+    assert not any("e_score" in path for path in named(make_optimizer(recipe).init(params)))
+
+
+def test_gradients_are_clipped_to_the_global_norm(params):
+    """Adam forgets the size of a gradient, so its first moment is what shows it."""
+
+    def first_moments(clip_norm):
+        recipe = dataclasses.replace(RECIPE, clip_norm=clip_norm)
+        optimizer = make_optimizer(recipe)
+        gradients = jax.tree.map(jnp.ones_like, params)
+        state = optimizer.update(gradients, optimizer.init(params), params)[1]
+        return [x for path, x in named(state).items() if ".mu" in path]
+
+    norm = np.sqrt(sum(x.size for x in jax.tree.leaves(params)))
+    for moment in first_moments(0.25):
+        assert_close(moment, np.full(moment.shape, 0.1 * 0.25 / norm), "float32")
+    for moment in first_moments(None):
+        assert_close(moment, np.full(moment.shape, 0.1), "float32")
+
+
+def test_muon_makes_every_matrix_orthogonal_by_itself(params, rng):
+    """All singular values of an update are near one size: each layer's, each expert's, and of a
+    projection with heads over all of them."""
+    recipe = dataclasses.replace(RECIPE, optimizer="muon", weight_decay=0.0)
+    gradients = jax.tree.map(
+        lambda x: jnp.asarray(
+            rng.standard_normal(x.shape) * np.linspace(1, 9, x.shape[-1]), jnp.float32
+        ),
+        params,
+    )
+    updates = updates_of(recipe, params, gradients)["moe_layers"]
+
+    def spread(matrix, columns):
+        values = np.linalg.svd(np.asarray(matrix).reshape(-1, columns), compute_uv=False)
+        return values.max() / values.min()
+
+    attention, experts = updates["self_attn"], updates["mlp"]["experts"]
+    assert spread(experts["up_proj"][0, 3], 16) < 3
+    assert spread(attention["o_proj"][0], 32) < 3  # (heads, head_dim) -> embed
+    assert spread(attention["k_b_proj"][0], 16) < 3  # (heads, head_dim) <- latent
+    assert spread(attention["q_b_proj"][0], 32) < 3  # latent -> (heads, head_dim)
+    gradient = gradients["moe_layers"]["self_attn"]["q_b_proj"][0]
+    assert spread(gradient, 32) > 6  # the test can fail
+
+
+def test_kinds_of_weight(params):
+    found = named(kinds(params))
+    assert found["['embed_tokens']"] == found["['lm_head']"] == "table"
+    assert found["['norm']['weight']"] == "vector"
+    assert found["['moe_layers']['mlp']['gate']"] == "matrix"
+    assert found["['moe_layers']['self_attn']['kv_a_layernorm']['weight']"] == "vector"

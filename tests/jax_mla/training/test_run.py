@@ -1,0 +1,148 @@
+"""The loop: what it reports and saves, and how a stopped run goes on."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from numerics import assert_close
+
+import jax_mla
+from jax_mla import rules
+from jax_mla.training import Checkpoints, Precision, Recipe, TokenRows, train
+
+RECIPE = Recipe(num_steps=6, learning_rate=1e-2, precision=Precision(compute="float32"))
+
+
+@pytest.fixture(scope="module")
+def data():
+    run = np.random.default_rng(0).integers(0, 200, 1000).astype(np.uint16)
+    return TokenRows([run], batch_rows=4, row_tokens=9, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, data):
+    reports = []
+    result = train(config, RECIPE, data, on_step=reports.append)
+    assert result.reason == "finished"
+    return result.state, reports
+
+
+def stop_after(step):
+    """A pair of options: the reports so far, and a stop once `step` has begun."""
+    reports, calls = [], []
+
+    def should_stop():
+        calls.append(None)
+        return len(calls) == step
+
+    return reports, {"on_step": reports.append, "should_stop": should_stop}
+
+
+def assert_same_bits(got, want):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_every_step_is_reported_once(uninterrupted):
+    state, reports = uninterrupted
+    assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6] and state.step == 6
+    assert reports[0].loss > reports[-1].loss > 0 and reports[0].num_tokens == 4 * 8
+    for report in reports:
+        assert_close(np.float64(report.tokens_per_second * report.seconds), 4 * 9, "float32")
+        assert 1 <= report.largest_load <= 4
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, config, data, uninterrupted):
+    state, wanted = uninterrupted
+    reports, options = stop_after(2)
+    with Checkpoints(tmp_path) as store:
+        result = train(config, RECIPE, data, checkpoints=store, save_every=4, **options)
+        assert result.reason == "stopped" and store.steps() == [2]
+        notices = []
+        result = train(
+            config, RECIPE, data, checkpoints=store, save_every=4, resume=True,
+            on_step=reports.append, on_notice=notices.append,
+        )  # fmt: skip
+        assert store.steps() == [2, 4, 6] and notices == ["resuming after step 2"]
+    assert_same_bits(result.state, state)
+    assert [(r.step, r.loss, r.grad_norm) for r in reports] == [
+        (r.step, r.loss, r.grad_norm) for r in wanted
+    ]
+
+
+def test_a_damaged_step_is_passed_over_with_notice(tmp_path, config, data, uninterrupted):
+    notices, options = [], {"checkpoints": Checkpoints(tmp_path), "save_every": 1}
+    train(config, RECIPE, data, **options, **stop_after(3)[1])
+    record = tmp_path / "step_00000003" / "record.json"
+    record.write_text(record.read_text().replace("0.9", "0.8"))
+    result = train(config, RECIPE, data, resume=True, on_notice=notices.append, **options)
+    assert len(notices) == 2 and notices[1] == "resuming after step 2"
+    assert "step_00000003 is damaged: record.json has" in notices[0]
+    assert_same_bits(result.state, uninterrupted[0])
+
+
+def test_a_run_moves_to_a_mesh_and_back(tmp_path, config, data, uninterrupted):
+    """Two steps on one device, two under ZeRO-3 on four, two on one: equal but for rounding."""
+    mesh = {"mesh": jax_mla.make_mesh(data=4), "rules": rules.zero3()}
+    with Checkpoints(tmp_path) as store:
+        options = {"checkpoints": store, "resume": True, "on_notice": lambda _: None}
+        train(config, RECIPE, data, **options, **stop_after(2)[1])
+        state = train(config, RECIPE, data, **options, **mesh, **stop_after(2)[1]).state
+        assert not state.params["moe_layers"]["mlp"]["gate"].sharding.is_fully_replicated
+        state = train(config, RECIPE, data, **options).state
+    assert state.step == 6
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(uninterrupted[0]), strict=True):
+        assert_close(x, y, "bfloat16")
+
+
+def test_a_folder_with_steps_is_not_overwritten(tmp_path, config, data):
+    with Checkpoints(tmp_path) as store:
+        train(config, RECIPE, data, checkpoints=store, **stop_after(1)[1])
+        with pytest.raises(ValueError, match="holds steps 1: resume, or train elsewhere"):
+            train(config, RECIPE, data, checkpoints=store)
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "message"),
+    [
+        ("config", {"rope_theta": 5.0}, r"trained with config.rope_theta 10000.0, not 5.0"),
+        ("recipe", {"learning_rate": 0.5}, "trained with recipe.learning_rate 0.01, not 0.5"),
+        (
+            "recipe",
+            {"precision": Precision()},
+            "trained with recipe.precision.compute float32, not bfloat16",
+        ),
+        ("data", {"seed": 5}, "trained with data.seed 0, not 5"),
+        ("data", {"batch_rows": 2}, "trained with data.batch_rows 4, not 2"),
+    ],
+    ids=["config", "recipe", "precision", "seed", "batch"],
+)
+def test_another_run_is_not_resumed(tmp_path, config, data, what, change, message):
+    with Checkpoints(tmp_path) as store:
+        train(config, RECIPE, data, checkpoints=store, **stop_after(1)[1])
+        run = {"config": config, "recipe": RECIPE, "data": data}
+        run[what] = dataclasses.replace(run[what], **change)
+        with pytest.raises(ValueError, match=message):
+            train(**run, checkpoints=store, resume=True)
+
+
+def test_a_longer_run_resumes_a_shorter_one(tmp_path, config, data):
+    with Checkpoints(tmp_path) as store:
+        train(config, RECIPE, data, checkpoints=store, **stop_after(1)[1])
+        longer = dataclasses.replace(RECIPE, num_steps=2)
+        options = {"checkpoints": store, "resume": True, "on_notice": lambda _: None}
+        assert train(config, longer, data, **options).state.step == 2
+
+
+def test_a_loss_that_is_no_number_ends_the_run_unsaved(tmp_path, config, data, params):
+    broken = jax.tree.map(lambda x: x * np.nan, params)
+    with Checkpoints(tmp_path) as store:
+        with pytest.raises(ValueError, match="the loss of step 1 is nan"):
+            train(config, RECIPE, data, params=broken, checkpoints=store, save_every=1)
+        assert store.steps() == []
+
+
+def test_weights_may_be_given(config, data, params):
+    result = train(config, RECIPE, data, params=params, **stop_after(1)[1])
+    assert result.state.step == 1 and not params["lm_head"].is_deleted()

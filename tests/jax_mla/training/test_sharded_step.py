@@ -1,0 +1,96 @@
+"""The same steps on meshes: equal numbers, and every array where the rules say."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from numerics import assert_close
+
+import jax_mla
+from jax_mla import rules
+from jax_mla.training import (
+    Batch,
+    Precision,
+    Recipe,
+    abstract_state,
+    init_state,
+    place_batch,
+    train_step,
+)
+
+NUM_STEPS = 20
+RECIPE = Recipe(
+    num_steps=100, learning_rate=1e-3, balance_loss=0.01, precision=Precision(compute="float32")
+)
+LAYOUTS = {
+    "ddp": ({"data": 4}, rules.ddp()),
+    "zero1": ({"data": 4}, rules.zero1()),
+    "zero2": ({"data": 4}, rules.zero2()),
+    "zero3": ({"data": 2, "fsdp": 2}, rules.zero3()),
+    "tensor": ({"tensor": 2}, rules.tensor_parallel()),
+    "data x tensor x expert": ({"data": 2, "tensor": 2, "expert": 2}, rules.tensor_parallel()),
+}
+IN_THE_SUITE = {"zero2", "data x tensor x expert"}  # a layout costs half a minute of compilation
+
+
+def layouts(names):
+    marks = {name: () if name in IN_THE_SUITE else pytest.mark.slow for name in names}
+    return [pytest.param(*LAYOUTS[name], marks=marks[name], id=name) for name in names]
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(1)
+    return [Batch(rng.integers(0, 256, (4, 16)).astype(np.int32)) for _ in range(NUM_STEPS)]
+
+
+def run(config, batches, mesh=None, rules=None):
+    state = init_state(jax.random.key(0), config, recipe=RECIPE, mesh=mesh, rules=rules)
+    losses = []
+    for batch in batches:
+        batch = place_batch(batch, mesh, rules)
+        state, metrics = train_step(state, config, batch, recipe=RECIPE, mesh=mesh, rules=rules)
+        losses.append((metrics.loss, metrics.grad_norm))
+    return state, np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(config, batches):
+    return run(config, batches)
+
+
+@pytest.mark.parametrize(("axes", "rules"), layouts(LAYOUTS))
+def test_a_mesh_takes_the_same_steps(config, batches, on_one_device, axes, rules):
+    mesh = jax_mla.make_mesh(**axes)
+    state, losses = run(config, batches, mesh, rules)
+    assert_close(losses[0], on_one_device[1][0], "float32")
+    np.testing.assert_allclose(losses, on_one_device[1], rtol=1e-4)
+    placed = jax_mla.param_shardings(config, mesh, rules)
+    for x, sharding in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def shard_bytes(tree):
+    """Bytes of the first device's part."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "splits_params"),
+    [(rules.ddp(), False), (rules.zero1(), False), (rules.zero2(), False), (rules.zero3(), True)],
+    ids=["ddp", "zero1", "zero2", "zero3"],
+)
+def test_what_zero_splits(config, rules, splits_params):
+    """All matrices have an axis to split; the bias of the router and norms stay whole."""
+    mesh = jax_mla.make_mesh(data=8)
+    like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=rules)
+    whole = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=jax_mla.rules.ddp())
+    all_params, all_moments = shard_bytes(whole.params), shard_bytes(whole.opt_state)
+    vectors = 4 * (2 * (32 + 32 + 16 + 16) + 32 + 4)
+    split = (all_params - vectors) / 8 + vectors
+    assert shard_bytes(like.params) == (split if splits_params else all_params)
+    small = shard_bytes(like.opt_state) < all_moments / 6
+    assert small == (rules != jax_mla.rules.ddp())

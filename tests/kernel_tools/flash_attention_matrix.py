@@ -1,0 +1,118 @@
+"""Flash attention against float32 on the same rounded inputs: out, lse and all three gradients.
+
+    check_attention("mosaic_gpu", Case(S=300, N=4, G=2, K=192, H=128))     # AssertionError if not
+
+An error may be twice that of "xla" in the same dtype, three times for a gradient: both round to it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import flash_attention
+
+FACTOR = {"out": 2, "lse": 2, "dq": 3, "dk": 3, "dv": 3}
+LSE_ROUNDING = 1e-5  # RMS relative to RMS: exponentials of a GPU are approximate
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """T queries at the end of S keys; lengths and documents at random where there are any."""
+
+    S: int
+    T: int | None = None
+    B: int = 2
+    N: int = 2
+    G: int = 2
+    K: int = 128
+    H: int = 128
+    causal: bool = True
+    is_ragged: bool = False
+    num_documents: int = 1
+    deterministic: bool = False
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        flags = ["causal" if self.causal else "full"]
+        flags += ["ragged"] * self.is_ragged + ["deterministic"] * self.deterministic
+        flags += [f"packed{self.num_documents}"] if self.num_documents > 1 else []
+        sizes = f"B{self.B}-T{self.T or self.S}-S{self.S}-N{self.N}-G{self.G}-K{self.K}-H{self.H}"
+        return "-".join([sizes, *flags, self.dtype])
+
+    def options(self, rng: np.random.Generator) -> dict:
+        options = dict(causal=self.causal, deterministic=self.deterministic)
+        if self.is_ragged:
+            options["lengths"] = np.array([0, *rng.integers(1, self.S + 1, self.B - 1)])
+        if self.num_documents > 1:
+            borders = rng.choice(np.arange(1, self.S), self.num_documents - 1, replace=False)
+            ids = np.searchsorted(np.sort(borders), np.arange(self.S), side="right")
+            options["segment_ids"] = np.tile(ids.astype(np.int32), (self.B, 1))
+        return options
+
+
+def check_attention(implementation: str, case: Case, seed: int = 0) -> None:
+    """Compares `implementation` with float32; AssertionError names the case and what is off."""
+    options = case.options(np.random.default_rng(seed))
+    inputs, cotangents = make_arrays(case, options, seed)
+    want = attend("xla", options, *_cast(inputs, cotangents, "float32"))
+    usual = attend("xla", options, inputs, cotangents)
+    got = attend(implementation, options, inputs, cotangents)
+    for name in want:
+        assert got[name].dtype == usual[name].dtype, name
+        allowed = FACTOR[name] * _relative_rms(usual[name], want[name])
+        allowed = max(allowed, LSE_ROUNDING) if name == "lse" else allowed
+        error = _relative_rms(got[name], want[name])
+        assert error <= allowed, (
+            f"{case}: {name} has a relative RMS error of {error:.2e}, {allowed:.2e} is allowed"
+        )
+
+
+def attend(implementation: str, options: dict, inputs, cotangents) -> dict[str, jax.Array]:
+    """out, lse and the gradients for these cotangents."""
+
+    @jax.jit
+    def run(inputs, cotangents):
+        def forward(q, k, v):
+            return flash_attention(
+                q, k, v, return_lse=True, implementation=implementation, **options
+            )
+
+        outputs, pullback = jax.vjp(forward, *inputs)
+        return dict(
+            zip(("out", "lse", "dq", "dk", "dv"), (*outputs, *pullback(cotangents)), strict=True)
+        )
+
+    return run(inputs, cotangents)
+
+
+def make_arrays(case: Case, options: dict, seed: int) -> tuple:
+    """q, k, v with NaN where no length reaches, and cotangents of out and lse."""
+    T, S, dtype = case.T or case.S, case.S, case.dtype
+    shapes = ((T, case.N, case.K), (S, case.G, case.K), (S, case.G, case.H), (T, case.N, case.H))
+    *keys, last = jax.random.split(jax.random.key(seed), 5)
+    q, k, v, dout = (
+        jax.random.normal(key, (case.B, *shape), dtype)
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+    if (lengths := options.get("lengths")) is not None:
+        is_read = np.arange(S) < lengths[:, None]
+        k, v = (jnp.where(is_read[:, :, None, None], x, jnp.nan) for x in (k, v))
+    return (q, k, v), (dout, jax.random.normal(last, (case.B, T, case.N)))
+
+
+def _cast(inputs, cotangents, dtype):
+    dout, dlse = cotangents
+    return tuple(x.astype(dtype) for x in inputs), (dout.astype(dtype), dlse)
+
+
+def _relative_rms(got, want) -> float:
+    """Infinite where NaN or infinities are in other places."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    is_finite = jnp.isfinite(want)
+    is_alike = jnp.where(is_finite, jnp.isfinite(got), (got == want) | jnp.isnan(got + want))
+    difference = jnp.where(is_finite, got - want, 0)
+    scale = jnp.sum(jnp.where(is_finite, want, 0) ** 2)
+    error = jnp.sqrt(jnp.sum(difference**2) / jnp.maximum(scale, 1e-30))
+    return float(jnp.where(jnp.all(is_alike), error, jnp.inf))

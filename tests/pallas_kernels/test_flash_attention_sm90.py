@@ -1,0 +1,348 @@
+"""The Hopper kernels of flash attention: their work lists, simulated, compiled, and on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from kernel_tools.aot import compile_sm90a, lower_for_cuda
+from kernel_tools.interpreter import run_simulated
+from numerics import assert_close, normal, poison
+
+from pallas_kernels import dispatch, flash_attention, hardware
+from pallas_kernels.flash_attention.api import IMPLEMENTATIONS
+from pallas_kernels.flash_attention.config_sm90 import (
+    BACKWARD_KEYS,
+    BACKWARD_QUERIES,
+    FORWARD,
+    HEAD_SIZES,
+    TILE,
+    Config,
+    Problem,
+)
+from pallas_kernels.flash_attention.launch_sm90 import _masks, flash_attention_sm90
+from pallas_kernels.flash_attention.reference import flash_attention_reference
+from pallas_kernels.flash_attention.work_sm90 import Tile, key_tiles, query_tiles
+
+NUM_SMS = 132
+HEADS = [f"{K}/{H}" for K, H in HEAD_SIZES]
+
+# B, T, S, N, G, K, H, dtype, options, number of CTAs; what a name says is what the case adds
+CASES = {
+    "causal-odd": (1, 133, 133, 1, 1, 64, 64, "bfloat16", {}, NUM_SMS),
+    "T<S-gqa-lengths-persistent": (
+        3, 70, 261, 2, 1, 64, 64, "bfloat16", {"lengths": [70, 0, 261]}, 2,
+    ),
+    "segments-192/128": (1, 72, 264, 2, 2, 192, 128, "bfloat16", {"segment_ids": 3}, NUM_SMS),
+    "full-T>S-float16": (1, 200, 130, 1, 1, 128, 128, "float16", {"causal": False}, NUM_SMS),
+    "all-masks-256/256": (
+        1, 64, 192, 1, 1, 256, 256, "bfloat16", {"segment_ids": 2, "lengths": [180]}, NUM_SMS,
+    ),
+}  # fmt: skip
+
+
+def inputs(rng, B, T, S, N, G, K, H, dtype):
+    shapes = (B, T, N, K), (B, S, G, K), (B, S, G, H), (B, T, N, H)
+    return [normal(rng, shape, dtype) for shape in shapes]
+
+
+def case(rng, name):
+    """q, k, v and the cotangent of out; the op's options; how many CTAs share the work."""
+    *sizes, dtype, options, num_ctas = CASES[name]
+    B, _, S = sizes[:3]
+    options = {"causal": True, "scale": 0.11, "segment_ids": None, "lengths": None} | options
+    if options["segment_ids"]:
+        ids = rng.integers(0, options["segment_ids"], (B, S))
+        options["segment_ids"] = np.sort(ids, axis=1).astype(np.int32)
+    if options["lengths"]:
+        options["lengths"] = np.asarray(options["lengths"], np.int32)
+    return inputs(rng, *sizes, dtype), options, num_ctas
+
+
+def everything(attend, q, k, v, dout):
+    """out, lse, dq, dk, dv; the gradients through out and through lse."""
+
+    def both(q, k, v):
+        return attend(q, k, v, return_lse=True, deterministic=False)
+
+    (out, lse), transpose = jax.vjp(both, q, k, v)
+    dlse = jnp.sin(jnp.where(lse == -jnp.inf, jnp.nan, lse))  # NaN where a caller's log makes it
+    return out, lse, *transpose((dout, dlse))
+
+
+def error(got, want):
+    """RMS of the difference, over the finite entries, which must be the same."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    return np.sqrt(np.mean((got - want)[np.isfinite(want)] ** 2))
+
+
+def assert_as_accurate_as_xla(got, xla, want):
+    """Against float32 on the same inputs: 2 times the error of the XLA path, 3 for gradients."""
+    for name, factor, g, x, w in zip(
+        ("out", "dq", "dk", "dv"), (2, 3, 3, 3), *((y[0], *y[2:]) for y in (got, xla, want)),
+        strict=True,
+    ):  # fmt: skip
+        assert g.dtype == x.dtype
+        assert error(g, w) <= factor * error(x, w), f"{name}: {error(g, w)} and {error(x, w)}"
+    assert_close(got[1], want[1])
+
+
+@pytest.mark.kernel_sim
+@pytest.mark.parametrize("name", CASES)
+def test_simulated_equals_reference(rng, name):
+    arrays, options, num_ctas = case(rng, name)
+    reference = functools.partial(flash_attention_reference, **options)
+    want = everything(reference, *(x.astype(jnp.float32) for x in arrays))
+    xla = everything(reference, *arrays)
+    if options["lengths"] is not None:
+        is_past = np.arange(arrays[1].shape[1]) >= options["lengths"][:, None]
+        arrays[1:3] = [poison(x, is_past) for x in arrays[1:3]]
+    kernels = functools.partial(flash_attention_sm90, **options, num_sms=num_ctas)
+    got = run_simulated(functools.partial(everything, kernels), *arrays)
+    assert_as_accurate_as_xla(got, xla, want)
+
+
+@pytest.mark.kernel_sim
+def test_simulated_under_vmap(rng):
+    q, k, v, _ = inputs(rng, 2, 64, 128, 1, 1, 64, 64, "bfloat16")
+    options = {"causal": True, "scale": 0.1, "segment_ids": None, "lengths": None}
+    options |= {"return_lse": False, "deterministic": False}
+    kernels = functools.partial(flash_attention_sm90, **options)
+    got = run_simulated(jax.vmap(kernels), q[:, None], k[:, None], v[:, None])
+    assert_close(got[:, 0], flash_attention_reference(q, k, v, **options))
+
+
+def visible(problem, options):
+    """bool "B T S", written from the definition of the op."""
+    p = problem.offset + np.arange(problem.T)[None, :, None]
+    s = np.arange(problem.S)[None, None, :]
+    seen = np.broadcast_to(s <= p if problem.causal else s >= 0, (problem.B, *(s <= p).shape[1:]))
+    if options["lengths"] is not None:
+        seen = seen & (s < options["lengths"][:, None, None])
+    if (ids := options["segment_ids"]) is not None:
+        seen = seen & (ids[:, problem.S - problem.T :, None] == ids[:, None, :])
+    return seen
+
+
+@pytest.mark.parametrize("direction", ["queries", "keys"])
+@pytest.mark.parametrize("ids", [None, "sorted", "shuffled"])
+@pytest.mark.parametrize("masks", ["causal", "full", "lengths"])
+def test_work_list_covers_all_that_is_visible(rng, direction, ids, masks):
+    """Every tile once; every block that is seen; without a mask only what is seen as a whole."""
+    B, T, S, N, G, num_ctas = 3, 456, 768, 4, 2, 7
+    options = {"segment_ids": None, "lengths": None}
+    if masks == "lengths":
+        options["lengths"] = np.array([768, 0, 300])
+    if ids is not None:
+        options["segment_ids"] = np.sort(rng.integers(0, 4, (B, S)), axis=1)
+    if ids == "shuffled":
+        options["segment_ids"] = rng.permuted(options["segment_ids"], axis=1)
+    problem = Problem(B, T, S, N, G, 64, 64, masks != "full", 0.1, offset=S - T)
+    config = Config(block=64, num_stages=(2, 2), heads_at_once=2)
+    make = query_tiles if direction == "queries" else key_tiles
+    tiles = make(problem, _masks(B, T, S, **options), config, num_ctas)
+    seen = visible(problem, options)
+    seen = seen if direction == "queries" else seen.swapaxes(1, 2)
+    num_heads, num_tiles = (N if direction == "queries" else G), -(-seen.shape[1] // TILE)
+
+    tiles = [Tile(*(int(x) for x in row)) for row in np.asarray(tiles)]
+    places = {(tile.b, tile.head, tile.place) for tile in tiles}
+    assert len(places) == len(tiles) == B * num_heads * num_tiles
+    for tile in tiles:
+        rows = seen[tile.b, tile.place * TILE : (tile.place + 1) * TILE]
+        blocks = [rows[:, s : s + config.block] for s in range(0, rows.shape[1], config.block)]
+        visited = [int(tile.block(i)) for i in range(tile.num_blocks)]
+        assert len(set(visited)) == len(visited)
+        assert {j for j, block in enumerate(blocks) if block.any()} <= set(visited)
+        assert all(blocks[j].all() for j in visited[tile.num_masked :])
+        if ids != "shuffled":
+            assert tile.num_unmasked == sum(block.all() for block in blocks)
+        if ids is None or (ids == "sorted" and masks != "lengths"):  # nothing in vain
+            assert all(blocks[j].any() for j in visited)
+
+
+def test_longest_tiles_come_first():
+    problem = Problem(1, 2048, 2048, 8, 8, 64, 64, True, 0.1, offset=0)
+    masks = _masks(1, 2048, 2048, segment_ids=None, lengths=None)
+    for make in (query_tiles, key_tiles):
+        tiles = Tile(*make(problem, masks, FORWARD[64, 64], num_ctas=8).T)
+        lengths = tiles.num_blocks
+        assert (np.diff(lengths) <= 0).all() and lengths[0] > lengths[-1]
+
+
+def shapes(K, H, *, B=1, T=4096, S=4096, N=16, G=16, dtype="bfloat16"):
+    sizes = (B, T, N, K), (B, S, G, K), (B, S, G, H), (B, T, N, H)
+    return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+
+
+def with_masks(causal=True, num_sms=NUM_SMS):
+    """A function of q, k, v, dout, segment_ids and lengths, either of them None."""
+
+    def run(q, k, v, dout, segment_ids=None, lengths=None):
+        masks = {"segment_ids": segment_ids, "lengths": lengths}
+        attend = functools.partial(flash_attention_sm90, causal=causal, scale=0.1, num_sms=num_sms)
+        return everything(functools.partial(attend, **masks), q, k, v, dout)
+
+    return run
+
+
+def masks(B, S):
+    return jax.ShapeDtypeStruct((B, S), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
+
+
+@pytest.mark.parametrize("K, H", HEAD_SIZES, ids=HEADS)
+def test_lowers_for_cuda(K, H):
+    """Layouts, TMA limits and shared memory, on every supported JAX."""
+    text = lower_for_cuda(with_masks(), *shapes(K, H, B=2, T=133, S=261, G=4), *masks(2, 261))
+    assert "flash_attention_forward" in text and "flash_attention_dq" in text
+
+
+def test_lowers_under_vmap_and_shard_map():
+    grad = with_masks()
+    arrays = shapes(64, 64, B=8, T=256, S=256, N=2, G=2)
+    batched = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in arrays]
+    lower_for_cuda(jax.vmap(grad), *batched)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P("data"),) * 4, "out_specs": (P("data"),) * 5}
+    lower_for_cuda(jax.shard_map(grad, mesh=mesh, **specs), *arrays)
+
+
+def test_named_implementation_is_used(monkeypatch):
+    monkeypatch.setattr(hardware, "missing_gpu", lambda *_: None)
+
+    def run(q, k, v, dout):
+        attend = functools.partial(flash_attention, implementation="mosaic_gpu")
+        return jax.vjp(attend, q, k, v)[1](dout)
+
+    text = lower_for_cuda(run, *shapes(64, 64, T=128, S=128, N=1, G=1))
+    for kernel in ("flash_attention_forward", "flash_attention_dq", "flash_attention_dk_dv"):
+        assert kernel in text
+
+
+@pytest.mark.parametrize(
+    "arrays, scale, reason",
+    [
+        (shapes(48, 32), 1.0, r"head sizes .* found \(48, 32\)"),
+        (shapes(128, 64), 1.0, r"head sizes .* found \(128, 64\)"),
+        (shapes(64, 64, dtype="float32"), 1.0, "bfloat16 or float16, found float32"),
+        (shapes(64, 64), -1.0, "positive scale, found -1.0"),
+        (shapes(64, 64), 1.0, "NVIDIA GPU of compute capability 9.0"),
+    ],
+    ids=["head-sizes", "narrow-v", "float32", "scale", "no-gpu"],
+)
+def test_refuses_with_the_reason(arrays, scale, reason, monkeypatch):
+    monkeypatch.setattr(hardware, "compute_capability", lambda device=None: None)
+    with pytest.raises(NotImplementedError, match=reason):
+        dispatch.select("op", IMPLEMENTATIONS, "mosaic_gpu", *arrays[:3], scale=scale)
+    assert dispatch.select("op", IMPLEMENTATIONS, None, *arrays[:3], scale=scale).name == "xla"
+
+
+def tensor_clocks(loop):
+    """Clocks of the tensor cores in a loop: m64nNk16 takes N / 2 of them."""
+    widths = (int(op.split(".64x")[1].split("x")[0]) * n for op, n in loop.items() if "HGMMA" in op)
+    return sum(widths) // 2
+
+
+@pytest.mark.kernel_aot
+@pytest.mark.parametrize("is_masked", [False, True], ids=["causal", "causal-segments-lengths"])
+@pytest.mark.parametrize("K, H", HEAD_SIZES, ids=HEADS)
+def test_compiles_for_hopper(K, H, is_masked):
+    """No spills, no serialised wgmma, and no product computed that need not be."""
+    program = compile_sm90a(
+        with_masks(), *shapes(K, H, G=4), *(masks(1, 4096) if is_masked else ())
+    )
+    clocks = {}
+    for kernel in program.kernels:
+        kernel.check()
+        assert not kernel.injected
+        clocks.setdefault(kernel.name, []).append(tensor_clocks(kernel.loop("HGMMA")))
+    columns = {  # of one step of one warpgroup, times what a column costs
+        "flash_attention_forward": [FORWARD[K, H].block * (K + H)],
+        "flash_attention_dq": [BACKWARD_QUERIES[K, H].block * (2 * K + H)],
+        "flash_attention_dk_dv": [BACKWARD_KEYS[K, H].block * (2 * K + 2 * H)],
+    }
+    if (K, H) == (256, 256):  # dk and dv do not fit in registers together
+        columns["flash_attention_dk_dv"] = [64 * (K + H), 64 * (2 * K + H)]
+    assert {name: sorted(found) for name, found in clocks.items()} == {
+        name: [n // 32 for n in found] for name, found in columns.items()
+    }
+
+
+@pytest.mark.kernel_aot
+def test_float16_compiles_for_hopper():
+    for kernel in compile_sm90a(with_masks(), *shapes(192, 128, dtype="float16")).kernels:
+        kernel.check()
+
+
+@pytest.mark.kernel_aot
+def test_memory_grows_with_the_length():
+    """At 32k tokens the scores of one head would be 2 GB in bfloat16."""
+
+    def run(q, k, v, dout):
+        return with_masks()(q, k, v, dout)[2:]
+
+    half, whole = (
+        compile_sm90a(run, *shapes(192, 128, T=T, S=T)).temp_bytes for T in (16384, 32768)
+    )
+    assert whole < 2.2 * half
+    assert whole < 3 * 16 * 32768 * (2 * 128 + 8)  # out, its gradient, lse and what is made of it
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_small_cases_on_a_gpu(rng, name):
+    arrays, options, num_ctas = case(rng, name)
+    reference = functools.partial(flash_attention_reference, **options)
+    want = everything(reference, *(x.astype(jnp.float32) for x in arrays))
+    xla = everything(reference, *arrays)
+    kernels = functools.partial(flash_attention_sm90, **options, num_sms=num_ctas)
+    assert_as_accurate_as_xla(everything(kernels, *arrays), xla, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("S", [1024, 4096, 16384])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("G", [8, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("K, H", HEAD_SIZES, ids=HEADS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_equal_xla_on_a_gpu(rng, dtype, K, H, G, causal, S):
+    arrays = inputs(rng, 1, S, S, 8, G, K, H, dtype)
+
+    def attend(implementation, q, k, v, **options):
+        return flash_attention(q, k, v, causal=causal, implementation=implementation, **options)
+
+    run = jax.jit(everything, static_argnums=0)
+    got = run(functools.partial(attend, "mosaic_gpu"), *arrays)
+    xla = run(functools.partial(attend, "xla"), *arrays)
+    want = run(functools.partial(attend, "xla"), *(x.astype(jnp.float32) for x in arrays))
+    assert_as_accurate_as_xla(got, xla, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("K, H", [(128, 128), (192, 128)], ids=["128/128", "192/128"])
+def test_gradients_equal_cudnn(rng, K, H, causal):
+    q, k, v, dout = inputs(rng, 2, 4096, 4096, 8, 8, K, H, "bfloat16")
+
+    def cudnn(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+    ours = functools.partial(flash_attention, causal=causal, implementation="mosaic_gpu")
+    for got, want in zip(
+        jax.vjp(ours, q, k, v)[1](dout), jax.vjp(cudnn, q, k, v)[1](dout), strict=True
+    ):
+        assert error(got, want) <= 1e-2 * error(want, 0 * want)
+
+
+@pytest.mark.gpu
+def test_gradients_are_bitwise_reproducible(rng):
+    arrays = inputs(rng, 2, 2048, 2048, 8, 2, 192, 128, "bfloat16")
+    attend = functools.partial(flash_attention, implementation="mosaic_gpu", deterministic=True)
+    run = jax.jit(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout))
+    first, *others = [run(*arrays) for _ in range(3)]
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, other, first)
