@@ -23,6 +23,13 @@ def rng(request) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """XLA's CPU backend maps memory for every program, and a process may have 65,530 such maps."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items):
     for marker, why_not in WHY_NOT.items():
         marked = [item for item in items if item.get_closest_marker(marker)]

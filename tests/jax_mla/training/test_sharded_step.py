@@ -1,6 +1,8 @@
 """The same steps on meshes: equal numbers, and every array where the rules say."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,9 +15,12 @@ from jax_mla.training import (
     Batch,
     Precision,
     Recipe,
+    TokenRows,
     abstract_state,
     init_state,
+    next_token_loss,
     place_batch,
+    train,
     train_step,
 )
 
@@ -94,3 +99,22 @@ def test_what_zero_splits(config, rules, splits_params):
     assert shard_bytes(like.params) == (split if splits_params else all_params)
     small = shard_bytes(like.opt_state) < all_moments / 6
     assert small == (rules != jax_mla.rules.ddp())
+
+
+@pytest.mark.slow
+def test_zero3_on_eight_devices_learns_as_much_as_one_device(config):
+    """The same bytes of text, 150 steps, and the loss on text that was held out."""
+    text = (Path(jax_mla.__file__).parent / "demo" / "held_out.txt").read_bytes()
+    ids = np.frombuffer(text, np.uint8)
+    sizes = {"batch_rows": 8, "row_tokens": 33, "vocab_size": 320}
+    data, held_out = TokenRows([ids[:-4000]], **sizes), TokenRows([ids[-4000:]], **sizes)
+    recipe = dataclasses.replace(RECIPE, num_steps=150, learning_rate=1e-2)
+
+    def learn(**where):
+        params = jax.device_get(train(config, recipe, data, **where).state.params)
+        batches = [held_out.batch(i).tokens for i in range(held_out.num_rows // 8)]
+        return np.mean([next_token_loss(params, config, tokens).loss for tokens in batches])
+
+    alone = learn()
+    assert alone < 3  # of ln(320) = 5.8 before
+    assert abs(learn(mesh=jax_mla.make_mesh(data=8), rules=rules.zero3()) / alone - 1) < 0.01
