@@ -22,7 +22,15 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 """
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+# These compile for eight devices: about half a minute each.
+SLOW = ("pmap", "sharding")
+
+
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem in SLOW else p for p in EXAMPLES],
+    ids=lambda path: path.stem,
+)
 def test_example_runs_offline(example, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

@@ -75,6 +75,7 @@ def assert_same_run(out, wanted):
     assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_kills_lose_what_was_not_saved(tmp_path, command, uninterrupted, rng):
     """SIGTERM and three times kill -9, one after the other in the same run."""
     code, out, err = interrupt(command(tmp_path), signal.SIGTERM, 2, 0)

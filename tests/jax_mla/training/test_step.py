@@ -107,8 +107,11 @@ def test_the_scale_follows_flaxs_rule(is_finite, fin_steps):
     "options",
     [
         {},
-        {"precision": Precision(compute="float16")},
-        {"optimizer": "muon", "schedule": "wsd", "remat": "dots", "num_micro_batches": 2},
+        pytest.param({"precision": Precision(compute="float16")}, marks=pytest.mark.slow),
+        pytest.param(
+            {"optimizer": "muon", "schedule": "wsd", "remat": "dots", "num_micro_batches": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["bfloat16", "float16", "muon"],
 )
