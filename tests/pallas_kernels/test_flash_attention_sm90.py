@@ -28,6 +28,7 @@ from pallas_kernels.flash_attention.reference import flash_attention_reference
 from pallas_kernels.flash_attention.work_sm90 import Tile, key_tiles, query_tiles
 
 NUM_SMS = 132
+KERNELS = ("flash_attention_forward", "flash_attention_dq", "flash_attention_dk_dv")
 HEADS = [f"{K}/{H}" for K, H in HEAD_SIZES]
 
 # B, T, S, N, G, K, H, dtype, options, number of CTAs; what a name says is what the case adds
@@ -205,10 +206,12 @@ def test_lowers_under_vmap_and_shard_map():
     grad = with_masks()
     arrays = shapes(64, 64, B=8, T=256, S=256, N=2, G=2)
     batched = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in arrays]
-    lower_for_cuda(jax.vmap(grad), *batched)
+    texts = [lower_for_cuda(jax.vmap(grad), *batched)]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     specs = {"in_specs": (P("data"),) * 4, "out_specs": (P("data"),) * 5}
-    lower_for_cuda(jax.shard_map(grad, mesh=mesh, **specs), *arrays)
+    texts.append(lower_for_cuda(jax.shard_map(grad, mesh=mesh, **specs), *arrays))
+    for kernel in KERNELS:
+        assert all(kernel in text for text in texts)
 
 
 def test_named_implementation_is_used(monkeypatch):
@@ -219,8 +222,7 @@ def test_named_implementation_is_used(monkeypatch):
         return jax.vjp(attend, q, k, v)[1](dout)
 
     text = lower_for_cuda(run, *shapes(64, 64, T=128, S=128, N=1, G=1))
-    for kernel in ("flash_attention_forward", "flash_attention_dq", "flash_attention_dk_dv"):
-        assert kernel in text
+    assert all(kernel in text for kernel in KERNELS)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,9 @@ def test_compiles_for_hopper(K, H, is_masked):
 
 @pytest.mark.kernel_aot
 def test_float16_compiles_for_hopper():
-    for kernel in compile_sm90a(with_masks(), *shapes(192, 128, dtype="float16")).kernels:
+    kernels = compile_sm90a(with_masks(), *shapes(192, 128, dtype="float16")).kernels
+    assert {kernel.name for kernel in kernels} == set(KERNELS)
+    for kernel in kernels:
         kernel.check()
 
 
