@@ -5,9 +5,8 @@ KERNELS_JAX := 0.11.2
 KERNELS_PYTHON ?= $(shell for p in $(PYTHON) python3.13 python3.12 \
 	$${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[23]*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
-# Tests compile much and compute little: without LLVM's optimiser they take about half the time.
 # Examples, which run as a user would run them, drop this.
-FAST_COMPILE := XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)"
+FAST_COMPILE = XLA_FLAGS="$$($(1) tests/fast_compile.py) $(XLA_FLAGS)" $(1)
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test test-slow test-kernels run-test-kernels lint clean
@@ -16,10 +15,10 @@ demo: .venv/.installed  ## generate text with the bundled model
 	.venv/bin/jax-mla demo
 
 test: .venv/.installed-test  ## the test suite
-	$(FAST_COMPILE) .venv/bin/python -m pytest -q -m "not slow" -n 2 --dist worksteal
+	$(call FAST_COMPILE,.venv/bin/python) -m pytest -q -m "not slow" -n 2 --dist worksteal
 
 test-slow: .venv/.installed-test  ## what `test` leaves out, and golden logits with XLA's optimiser on
-	$(FAST_COMPILE) .venv/bin/python -m pytest -q -m slow -n 2 --dist worksteal
+	$(call FAST_COMPILE,.venv/bin/python) -m pytest -q -m slow -n 2 --dist worksteal
 	.venv/bin/python -m pytest -q tests/jax_mla/test_golden.py -n 2 --dist worksteal
 
 test-kernels:  ## the same suite on the newer jax, with kernels simulated and compiled for sm_90a
@@ -27,7 +26,7 @@ test-kernels:  ## the same suite on the newer jax, with kernels simulated and co
 		echo "make test-kernels: nothing ran, no Python >= 3.12 was found (jax $(KERNELS_JAX) needs one)")
 
 run-test-kernels: .venv-kernels/.installed
-	$(FAST_COMPILE) .venv-kernels/bin/python -m pytest -q -m "not slow" -n 2 --dist worksteal
+	$(call FAST_COMPILE,.venv-kernels/bin/python) -m pytest -q -m "not slow" -n 2 --dist worksteal
 
 lint: .venv/.installed-dev  ## format, lint, types
 	.venv/bin/ruff format --check .

@@ -229,20 +229,8 @@ def _left(refs, config):
         return step + 1, highest, total
 
     def attend(request, step):
-        def blocks(acc):
-            plgpu.barrier_wait(refs.q_full.at[0])
-            carry, tail = (step, *start_softmax()), unmasked_end(request, config)
-            if config.is_paired:
-                pairs = lax.div(tail - request.begin, 2)
-                tail = request.begin + 2 * pairs
-                carry = lax.fori_loop(0, pairs, functools.partial(pair, acc), carry)
-            else:
-                body = functools.partial(block, acc, request, False)
-                carry = lax.fori_loop(request.begin, tail, body, carry)
-            body = functools.partial(block, acc, request, True)
-            return *lax.fori_loop(tail, request.end, body, carry), acc[...]
-
-        step, highest, total, acc = _with_accumulator(blocks, config)
+        carry = (step, *start_softmax())
+        (step, highest, total), acc = _walk(refs, config, request, block, pair, carry)
         is_empty, total = total == 0, _at_least_something(total)
         refs.lse_smem[...] = jnp.where(is_empty, -jnp.inf, (highest + jnp.log2(total)) * LN2)
         plgpu.commit_smem()
@@ -290,30 +278,34 @@ def _right(refs, config):
         return step + 2, total
 
     def attend(request, step):
-        def blocks(acc):
-            plgpu.barrier_wait(refs.q_full.at[0])
-            carry, tail = (step, start_softmax()[1]), unmasked_end(request, config)
-            if config.is_paired:
-                pairs = lax.div(tail - request.begin, 2)
-                tail = request.begin + 2 * pairs
-                carry = lax.fori_loop(0, pairs, functools.partial(pair, acc), carry)
-            else:
-                body = functools.partial(block, acc, request, False)
-                carry = lax.fori_loop(request.begin, tail, body, carry)
-            body = functools.partial(block, acc, request, True)
-            return *lax.fori_loop(tail, request.end, body, carry), acc[...]
-
-        step, total, acc = _with_accumulator(blocks, config)
+        carry = (step, start_softmax()[1])
+        (step, total), acc = _walk(refs, config, request, block, pair, carry)
         store_half(refs, request, RIGHT, acc * rows_of(1 / _at_least_something(total), acc))
         return step
 
     for_each_request(refs, attend)
 
 
-def _with_accumulator(body, config):
-    return pl.run_scoped(
-        body, plgpu.WGMMAAccumulatorRef((ROW_TILE, config.latent_dim // 2), jnp.float32)
-    )
+def _walk(refs, config, request, block, pair, carry):
+    """The blocks of a request: whole ones, in pairs or singly, then those with hidden keys.
+
+    Returns the carry and this warpgroup's half of the output, not yet divided by the sum.
+    """
+
+    def walk(acc):
+        plgpu.barrier_wait(refs.q_full.at[0])
+        begin, tail = request.begin, unmasked_end(request, config)
+        if config.is_paired:
+            pairs = lax.div(tail - begin, 2)
+            tail = begin + 2 * pairs
+            ends = lax.fori_loop(0, pairs, functools.partial(pair, acc), carry)
+        else:
+            ends = lax.fori_loop(begin, tail, functools.partial(block, acc, request, False), carry)
+        masked = functools.partial(block, acc, request, True)
+        return lax.fori_loop(tail, request.end, masked, ends), acc[...]
+
+    half = (ROW_TILE, config.latent_dim // 2)
+    return pl.run_scoped(walk, plgpu.WGMMAAccumulatorRef(half, jnp.float32))
 
 
 def _at_least_something(total):
