@@ -1,6 +1,7 @@
 """Trains the bundled model's architecture on bytes of text; see jax_mla/demo/README.md.
 
 python examples/train_tiny.py                                      # a few steps on a laptop
+python examples/train_tiny.py --devices 4                          # ZeRO-3 on virtual devices
 python examples/train_tiny.py --text train.txt --steps 2200 --batch 12 --length 256 --out model
 """
 
@@ -21,8 +22,12 @@ parser.add_argument("--batch", type=int, default=4)
 parser.add_argument("--length", type=int, default=64)
 parser.add_argument("--learning-rate", type=float, default=3e-3)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--devices", type=int, help="of a mesh that shares parameters and rows")
 parser.add_argument("--out", help="folder to save the trained model in")
-args, config = parser.parse_args(), jax_mla.tiny()
+args, config, where = parser.parse_args(), jax_mla.tiny(), {}
+if args.devices:
+    jax.config.update("jax_num_cpu_devices", args.devices)  # without effect on GPUs
+    where = {"mesh": jax_mla.make_mesh(data=args.devices), "rules": jax_mla.rules.zero3()}
 
 
 def read(path):
@@ -43,10 +48,6 @@ def show(report):
         print(f"step {report.step:5d}  {bits:.3f} bits/byte  {speed:.0f} tokens/s", flush=True)
 
 
-def narrow(path, x):  # the router's bias stays float32, as in published checkpoints
-    return x if path[-1].key == "e_score_correction_bias" else x.astype("bfloat16")
-
-
 recipe = Recipe(
     num_steps=args.steps,
     learning_rate=args.learning_rate,
@@ -57,11 +58,12 @@ recipe = Recipe(
     precision=Precision(compute="float32"),
 )
 data = rows(read(args.text), args.batch)
-params = train(config, recipe, data, seed=args.seed, on_step=show).state.params
-test = rows(read(HELD_OUT), 12)
-batches = [test.batch(i).tokens for i in range(test.num_rows // 12)]
-held_out = np.mean([next_token_loss(params, config, tokens).loss for tokens in batches])
-print(f"held out: {held_out / np.log(2):.4f} bits/byte over {len(batches) * 12} rows")
-if args.out:
-    saved = jax.tree_util.tree_map_with_path(narrow, params)
-    jax_mla.save(args.out, saved, config, max_shard_bytes=4_000_000)
+params = train(config, recipe, data, seed=args.seed, on_step=show, **where).state.params
+test = rows(read(HELD_OUT), args.batch)
+batches = [test.batch(i).tokens for i in range(test.num_rows // args.batch)]
+options = {"rules": where.get("rules")}
+held_out = np.mean([next_token_loss(params, config, t, **options).loss for t in batches])
+print(f"held out: {held_out / np.log(2):.4f} bits/byte over {len(batches) * args.batch} rows")
+if args.out:  # the router's bias stays float32
+    narrow = Precision(param="bfloat16").to_param(params)
+    jax_mla.save(args.out, narrow, config, max_shard_bytes=4_000_000)

@@ -30,10 +30,10 @@ def check_dtype(dtype: DTypeLike) -> str:
 
 
 def concrete(x) -> np.ndarray | None:
-    """The values of x, or None while they are being traced or live on other hosts."""
+    """The values of x, or None while they are being traced or live on other hosts only."""
     if isinstance(x, Tracer):
         return None
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return None
     return np.asarray(x)
 

@@ -38,7 +38,7 @@ class Collective:
 
     For a result of b bytes over n devices a ring sends 2 (n - 1) / n * b for an all-reduce,
     (n - 1) / n * b for an all-gather or all-to-all, (n - 1) * b for a reduce-scatter, b for a
-    permute.
+    permute. A ragged all-to-all sends what there is: that is its bound.
     """
 
     kind: str
@@ -137,6 +137,7 @@ _KIND = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|"
     r"collective-permute)(?:-start)?\("
 )
+_OPERANDS = re.compile(r"-start\(([^)]*)\)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
@@ -160,9 +161,7 @@ def _collectives(text: str) -> Iterator[tuple[str, str, int, int, int]]:
                 trips = _TRIPS.search(line)
                 yield from walk(match[1], times * (int(trips[1]) if trips else 1))
             elif (match := _KIND.search(line)) is not None:
-                arrays = _ARRAY.findall(match[1])
-                if "-start(" in line and match[2] != "all-reduce":
-                    arrays = arrays[-1:]  # (operand, result)
+                arrays = _results(match[1], line)
                 size = sum(_bytes(*array) for array in arrays)
                 shape = " ".join(f"{dtype}[{dims}]" for dtype, dims in arrays)
                 yield match[2], shape, size, _group_size(line), times
@@ -173,6 +172,14 @@ def _collectives(text: str) -> Iterator[tuple[str, str, int, int, int]]:
                     yield from walk(branch, times)
 
     yield from walk(entry, 1)
+
+
+def _results(shapes: str, line: str) -> list[tuple[str, str]]:
+    """The arrays that a collective gives; one that is started lists those it is given before."""
+    arrays = _ARRAY.findall(shapes)
+    given = _OPERANDS.search(line)
+    num_given = given[1].count("%") if given else len(arrays)
+    return arrays[num_given : 2 * num_given] if len(arrays) > num_given else arrays
 
 
 def _bytes(dtype: str, dims: str) -> int:

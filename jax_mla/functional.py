@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jax_mla import inputs
@@ -23,33 +23,48 @@ Params = dict[str, Any]
 
 
 @functools.lru_cache
-def _split_abstract(config: DeepSeekConfig, placement: Placement | None = None):
+def _split_abstract(
+    config: DeepSeekConfig,
+    placement: Placement | None = None,
+    layers: tuple[int, int] | None = None,
+):
     """GraphDef and State of the model with shapes instead of arrays. Needs no devices."""
-    return nnx.split(
-        nnx.eval_shape(lambda: DeepSeek(config, rngs=nnx.Rngs(0), placement=placement))
-    )
+    options = {"placement": placement, "layers": layers}
+    return nnx.split(nnx.eval_shape(lambda: DeepSeek(config, rngs=nnx.Rngs(0), **options)))
 
 
-def bind(params: Params, config: DeepSeekConfig, rules: ShardingRules | None = None) -> DeepSeek:
+def bind(
+    params: Params,
+    config: DeepSeekConfig,
+    rules: ShardingRules | None = None,
+    *,
+    layers: tuple[int, int] | None = None,
+) -> DeepSeek:
     """The module that computes with `params`, where they lie. Call inside jit; it copies nothing.
 
     Args:
       rules: those by which the parameters were put on their mesh; None takes the defaults.
+      layers: the first and the end of those that `params` hold, a part of the model; None: all.
 
     Raises:
       ValueError: the parameters are not those of the config, every difference is listed; or there
         are rules and no mesh.
     """
-    check_params(params, config, rules)
-    graphdef, abstract = _split_abstract(config, placement_of(params, rules))
+    check_params(params, config, rules, layers)
+    graphdef, abstract = _split_abstract(config, placement_of(params, rules), layers)
     state = jax.tree.map(lambda leaf: leaf, abstract)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
 
-def check_params(params: Params, config: DeepSeekConfig, rules: ShardingRules | None) -> None:
+def check_params(
+    params: Params,
+    config: DeepSeekConfig,
+    rules: ShardingRules | None,
+    layers: tuple[int, int] | None = None,
+) -> None:
     """The parameters have the names and shapes that the config asks for."""
-    _, abstract = _split_abstract(config, placement_of(params, rules))
+    _, abstract = _split_abstract(config, placement_of(params, rules), layers)
     inputs.check_params(params, nnx.to_pure_dict(abstract))
 
 
@@ -65,22 +80,24 @@ def init(key: Array, config: DeepSeekConfig) -> Params:
 
 
 def param_shardings(
-    config: DeepSeekConfig, mesh: Mesh, rules: ShardingRules | None = None
+    config: DeepSeekConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None
 ) -> Params:
     """The tree of `init`, holding a NamedSharding where `init` holds an array.
 
     Args:
+      mesh: an abstract one, of no devices, serves for shapes and for lowering.
       rules: None takes the defaults of ShardingRules.
 
     Raises:
       ValueError: a mesh axis does not divide the axis that it is to split; both sizes are named.
+      NotImplementedError: the mesh's platform lacks what the rules' expert_dispatch needs.
     """
-    rules = ShardingRules() if rules is None else rules
+    placement = Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
     _, state = _split_abstract(config)
 
     def place(path, variable):
         axes = variable.get_metadata("logical_axes")
-        spec = rules.spec(axes)
+        spec = placement.spec(*axes)
         inputs.check_divides(path, variable.get_value().shape, axes, spec, mesh)
         return NamedSharding(mesh, spec)
 
@@ -118,15 +135,21 @@ def forward(
     Raises:
       ValueError: a token id is outside the vocabulary, shapes disagree, or the mesh does not divide
         them.
+      NotImplementedError: the mesh's platform lacks what the rules' expert_dispatch needs.
 
     Cost: 2 operations a token and active parameter, and attention's; logits of B * T * V float32
     numbers. Holds a copy of one layer's weights at a time, all experts included: up to 23 GB for
     V3 in bfloat16, divided by the devices that share the experts. `prefill` copies no experts.
     """
+    checked = _check_forward(params, config, tokens, positions, segment_ids, rules)
+    return _forward(params, config, *checked, form, rules)
+
+
+def _check_forward(params, config, tokens, positions, segment_ids, rules):
+    """Tokens, positions and segment ids as int32, checked; the last two may be None."""
     tokens = inputs.check_tokens(tokens, config)
-    positions, segment_ids = inputs.check_aligned(tokens, config, positions, segment_ids)
     inputs.check_split(tokens, placement_of(params, rules))
-    return _forward(params, config, tokens, positions, segment_ids, form, rules)
+    return tokens, *inputs.check_aligned(tokens, config, positions, segment_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "form", "rules"))
@@ -146,10 +169,8 @@ def forward_trace(
     rules: ShardingRules | None = None,
 ) -> ForwardTrace:
     """`forward` with the hidden states and expert choices of every layer. Arguments as there."""
-    tokens = inputs.check_tokens(tokens, config)
-    positions, segment_ids = inputs.check_aligned(tokens, config, positions, segment_ids)
-    inputs.check_split(tokens, placement_of(params, rules))
-    return _forward_trace(params, config, tokens, positions, segment_ids, form, rules)
+    checked = _check_forward(params, config, tokens, positions, segment_ids, rules)
+    return _forward_trace(params, config, *checked, form, rules)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "form", "rules"))
@@ -179,7 +200,8 @@ def prefill(
       form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one for the
         longest cached sequence, or for a full cache where lengths are traced.
       rules: as in `forward`. Sequences and their pages are split over the mesh axes of `batch`: the
-        table of a paged cache may name only pages of the share that its sequence is in.
+        table of a paged cache may name only pages of the share that its sequence is in. Where
+        `context` splits the pages of each sequence, make the cache for as many `num_shares`.
 
     Returns:
       Float32 logits of the token after each row's last valid one, and the cache.

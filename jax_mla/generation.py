@@ -40,7 +40,7 @@ class Generated:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    cache: LatentCache
+    cache: Any  # a LatentCache, or nothing where `_readable` takes the rest
     token: Int[Array, " B"]
     is_active: Bool[Array, " B"]
     step: Array
@@ -122,10 +122,14 @@ class _Run:
 def _start(params, run: _Run, tokens, lengths, key, options, new_bucket) -> _State:
     """Prefills an empty cache and writes the first token."""
     batch, num_tokens = tokens.shape
-    cache = LatentCache.empty(
-        run.config, batch, num_tokens + new_bucket, dtype=params["embed_tokens"].dtype
-    )
     model = bind(params, run.config, run.rules)
+    cache = LatentCache.empty(
+        run.config,
+        batch,
+        num_tokens + new_bucket,
+        dtype=params["embed_tokens"].dtype,
+        num_shares=1 if model.placement is None else model.placement.num_shards("context"),
+    )
     x, cache = model.prefill(tokens, cache, num_new=lengths, has_context=False)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     state = _State(
@@ -136,7 +140,7 @@ def _start(params, run: _Run, tokens, lengths, key, options, new_bucket) -> _Sta
         tokens=jnp.full((batch, new_bucket), run.pad, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
     )
-    return _write(state, model.head(last), run, key, options)
+    return _readable(_write(state, model.head(last), run, key, options), params, run)
 
 
 def _step(params, run: _Run, state: _State, key, options) -> _State:
@@ -145,7 +149,15 @@ def _step(params, run: _Run, state: _State, key, options) -> _State:
     x, cache = model.decode(state.token[:, None], state.cache)
     # A row that has ended keeps its length: its last cache row is rewritten and never counted.
     state = dataclasses.replace(state, cache=advance(cache, state.is_active))
-    return _write(state, model.head(x[:, 0]), run, key, options)
+    return _readable(_write(state, model.head(x[:, 0]), run, key, options), params, run)
+
+
+def _readable(state: _State, params, run: _Run) -> _State:
+    """The state with everything but its cache on every device: each process reads the tokens."""
+    if (placement := placement_of(params, run.rules)) is None:
+        return state
+    small = jax.tree.map(placement.constrain, dataclasses.replace(state, cache=()))
+    return dataclasses.replace(small, cache=state.cache)
 
 
 def _write(state: _State, logits, run: _Run, key, options) -> _State:
@@ -220,8 +232,14 @@ def _check_sizes(config, lengths, num_tokens: int, max_new_tokens) -> None:
     if (values := concrete(lengths)) is not None:
         if (values < 1).any():
             raise ValueError(f"every prompt needs at least 1 token, got length {values.min()}")
-        num_tokens = values.max()
-    inputs.check_rope(num_tokens + max_new_tokens - 1, config)  # the last one is not fed back
+        num_tokens = int(values.max())
+    num_cached = num_tokens + int(max_new_tokens) - 1  # the last one is not fed back
+    if num_cached > (limit := np.iinfo(np.int32).max):
+        raise ValueError(
+            f"a prompt of {num_tokens} tokens and max_new_tokens={max_new_tokens} need a cache of "
+            f"{num_cached}, positions end at {limit}"
+        )
+    inputs.check_rope(num_cached, config)
 
 
 def _options(config, temperature, top_k, top_p, min_p) -> dict[str, Array]:

@@ -78,7 +78,7 @@ def check_aligned(tokens: jax.Array, config: DeepSeekConfig, positions, segment_
     if positions is not None:
         positions = as_int32("positions", positions)
         if (values := concrete(positions)) is not None:
-            check_rope(values.max() + 1, config)
+            check_rope(int(values.max()) + 1, config)
     return positions, None if segment_ids is None else as_int32("segment_ids", segment_ids)
 
 
@@ -120,9 +120,11 @@ def check_cache(
     batch = np.shape(num_new)[0] if batch is None else batch
     if cache.lengths.shape[0] != batch:
         raise ValueError(f"the cache holds {cache.lengths.shape[0]} sequences, tokens have {batch}")
-    shards = 1 if placement is None else placement.num_shards("batch")
-    if num_pages % shards:
-        raise ValueError(f"a cache of {num_pages} pages cannot be split over {shards} devices")
+    num_shares, shards = _cache_shares(cache, placement)
+    if num_pages % (num_shares * shards):
+        raise ValueError(
+            f"a cache of {num_pages} pages cannot be split over {num_shares * shards} devices"
+        )
     old, new, table = (concrete(x) for x in (cache.lengths, num_new, cache.page_table))
     if old is None or new is None or table is None:
         check_rope(capacity(cache), config)
@@ -135,10 +137,23 @@ def check_cache(
         raise ValueError(
             f"sequence {row} would hold {longest} tokens, the cache has room for {capacity(cache)}"
         )
-    check_rope(longest, config)
-    _check_pages(table, num_pages, -(-needed // page_size), shards)
+    check_rope(int(longest), config)
+    _check_pages(table, num_pages, -(-needed // page_size), num_shares, shards)
     if isinstance(cache, PagedLatentCache):  # a dense cache's table counts
         _check_written(table, old // page_size, -(-(old + new) // page_size), new > 0)
+
+
+def _cache_shares(cache, placement: Placement | None) -> tuple[int, int]:
+    """Devices that split the pages of every sequence, and devices that split the sequences."""
+    if placement is None:
+        return 1, 1
+    num_shares = placement.num_shards("context")
+    if isinstance(cache, LatentCache) and cache.num_shares != num_shares:
+        raise ValueError(
+            f"the cache is numbered for num_shares={cache.num_shares}, the rules split it over "
+            f"{num_shares} devices (context={placement.rules.context!r})"
+        )
+    return num_shares, placement.num_shards("batch")
 
 
 def _check_fields(cache: LatentCache | PagedLatentCache) -> None:
@@ -146,6 +161,8 @@ def _check_fields(cache: LatentCache | PagedLatentCache) -> None:
     if not isinstance(cache, LatentCache | PagedLatentCache):
         raise ValueError(f"the cache must be a latent cache, got {type(cache).__name__}")
     for field in dataclasses.fields(cache):
+        if field.name == "num_shares":
+            continue
         name, array = f"cache.{field.name}", getattr(cache, field.name)
         if not isinstance(array, jax.Array | np.ndarray):
             raise ValueError(f"{name} must be an array, got {array!r:.60}")
@@ -158,34 +175,43 @@ def _check_fields(cache: LatentCache | PagedLatentCache) -> None:
             raise ValueError(f"{name} must be integers, got dtype {array.dtype}")
     batch, num_pages = cache.lengths.shape[0], cache.pages.shape[1]
     if isinstance(cache, LatentCache):
-        if num_pages % batch:
-            raise ValueError(f"{num_pages} pages cannot be a dense cache of {batch} sequences")
+        if num_pages % (batch * cache.num_shares):
+            shares = f" in {cache.num_shares} shares" if cache.num_shares > 1 else ""
+            raise ValueError(
+                f"{num_pages} pages cannot be a dense cache of {batch} sequences{shares}"
+            )
     elif (rows := cache.page_table.shape[0]) != batch:
         raise ValueError(f"cache.page_table has {rows} rows, cache.lengths {batch}")
 
 
-def _check_pages(table: np.ndarray, num_pages: int, num_used: np.ndarray, shards: int) -> None:
-    """The first `num_used` entries of each row name pages, of the share that the row is in."""
-    is_used = np.arange(table.shape[1])[None, :] < num_used[:, None]
+def _check_pages(
+    table: np.ndarray, num_pages: int, num_used: np.ndarray, num_shares: int, shards: int
+) -> None:
+    """The first `num_used` entries of each row name pages, on the device that the entry is for."""
+    slot = np.arange(table.shape[1])[None, :]
+    is_used = slot < num_used[:, None]
     bad = is_used & ((table < 0) | (table >= num_pages))
     if bad.any():
-        row, slot = np.argwhere(bad)[0]
+        row, at = np.argwhere(bad)[0]
         raise ValueError(
-            f"page_table[{row}, {slot}] is {table[row, slot]}, the cache has {num_pages} pages"
+            f"page_table[{row}, {at}] is {table[row, at]}, the cache has {num_pages} pages"
         )
-    share = np.arange(len(table)) * shards // len(table)  # of the devices, for every sequence
-    bad = is_used & (table // (num_pages // shards) != share[:, None])
+    row = np.arange(len(table))[:, None]
+    device = slot % num_shares * shards + row * shards // len(table)
+    each = num_pages // (num_shares * shards)
+    bad = is_used & (table // each != device)
     if bad.any():
-        row, slot = np.argwhere(bad)[0]
+        row, at = np.argwhere(bad)[0]
+        begin = device[row, at] * each
+        what = f"sequence {row} is" if num_shares == 1 else f"entry {at} of sequence {row} is"
         raise ValueError(
-            f"page_table[{row}, {slot}] is {table[row, slot]}, sequence {row} is on devices that "
-            f"hold pages {share[row] * (num_pages // shards)} to "
-            f"{(share[row] + 1) * (num_pages // shards) - 1}"
+            f"page_table[{row}, {at}] is {table[row, at]}, {what} on devices that hold pages "
+            f"{begin} to {begin + each - 1}"
         )
 
 
 def _check_written(
-    table: np.ndarray, first: np.ndarray, end: np.ndarray, is_new: np.ndarray
+    table: np.ndarray, first: np.ndarray, end: np.ndarray, is_new: np.ndarray | np.bool_
 ) -> None:
     """A page that will be written is in use once: sequences may share only what they read."""
     slot = np.arange(table.shape[1])[None, :]
@@ -207,15 +233,16 @@ def _check_written(
 def check_split(
     tokens: jax.Array, placement: Placement | None, axes: tuple[str, ...] = ("batch", "sequence")
 ) -> None:
-    """Every device of the mesh is given equally many sequences and positions."""
+    """Every device of the mesh is given equally many sequences, and positions in equal stripes."""
     if placement is None:
         return
     for axis, size in zip(axes, tokens.shape, strict=False):
-        if size % (shards := placement.num_shards(axis)):
-            names = "+".join(placement.axes(axis))
+        if size % (parts := placement.num_parts(axis)):
+            names, shards = "+".join(placement.axes(axis)), placement.num_shards(axis)
+            stripes = f"in {parts} stripes " if parts > shards else ""
             raise ValueError(
-                f"tokens of shape {tokens.shape} cannot be split over {shards} devices of mesh "
-                f"axis {names!r} ({axis})"
+                f"tokens of shape {tokens.shape} cannot be split {stripes}over {shards} devices of "
+                f"mesh axis {names!r} ({axis})"
             )
 
 

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jax_mla.cache import Cache
+from jax_mla.cache import Cache, own_lengths
 from jax_mla.config import DeepSeekConfig
 from jax_mla.layers.block import Block, Remat, scan_stack, stack
 from jax_mla.layers.mla import Form
 from jax_mla.layers.moe import Routing
 from jax_mla.layers.norm import RMSNorm
 from jax_mla.layers.rope import rope_tables
+from jax_mla.layers.stripes import from_stripes, to_stripes
 from jax_mla.layers.weight import weight
 from jax_mla.sharding import Placement
 from pallas_kernels import mla_decode_plan
@@ -33,12 +34,15 @@ class ForwardTrace:
       hidden_states: the embedding, the output of every block but the last, the last after the norm.
       expert_index: the experts of every MoE layer, None without one; in no particular order.
       expert_weight: their weights.
+      num_dropped: of these (token, expert) pairs, those left out of each MoE layer for want of the
+        rules' expert_capacity; None without one.
     """
 
     logits: Float[Array, "B T V"]
     hidden_states: Float[Array, "layers_and_one B T D"]
     expert_index: Int[Array, "L B T A"] | None
     expert_weight: Float[Array, "L B T A"] | None
+    num_dropped: Int[Array, " L"] | None = None
 
 
 class DeepSeek(nnx.Module):
@@ -47,24 +51,38 @@ class DeepSeek(nnx.Module):
     Args:
       config: the architecture; its dtype is that of the weights.
       placement: the mesh that the weights will lie on; None on a single device.
+      layers: the first and the end of the layers of a part of the model, see `jax_mla.pipeline`;
+        None is all of them. Layer 0 comes with the embedding, the last one with norm and head; of
+        the methods, a part has `hidden_states`, and the last part also `head`.
 
     Source: DeepSeek-V3, arXiv 2412.19437, figure 2.
     """
 
     def __init__(
-        self, config: DeepSeekConfig, *, rngs: nnx.Rngs, placement: Placement | None = None
+        self,
+        config: DeepSeekConfig,
+        *,
+        rngs: nnx.Rngs,
+        placement: Placement | None = None,
+        layers: tuple[int, int] | None = None,
     ):
+        first, end = (0, config.num_hidden_layers) if layers is None else layers
+        num_dense = max(min(end, config.num_dense_layers) - first, 0)
+        num_moe = end - first - num_dense
         self.config, self.placement = config, placement
+        self.is_first, self.is_last = first == 0, end == config.num_hidden_layers
         V, D = config.vocab_size, config.hidden_size
         options = {"stddev": config.initializer_range, "dtype": config.dtype}
         built = {"rngs": rngs, "placement": placement}
-        self.embed_tokens = weight(rngs, (V, D), ("vocab", "embed"), **options)
-        if config.num_dense_layers:
-            self.dense_layers = stack(config, "dense", config.num_dense_layers, **built)
-        if config.num_moe_layers:
-            self.moe_layers = stack(config, "moe", config.num_moe_layers, **built)
-        self.norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=config.dtype)
-        if not config.tie_word_embeddings:
+        if self.is_first or (self.is_last and config.tie_word_embeddings):
+            self.embed_tokens = weight(rngs, (V, D), ("vocab", "embed"), **options)
+        if num_dense:
+            self.dense_layers = stack(config, "dense", num_dense, **built)
+        if num_moe:
+            self.moe_layers = stack(config, "moe", num_moe, **built)
+        if self.is_last:
+            self.norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=config.dtype)
+        if self.is_last and not config.tie_word_embeddings:
             self.lm_head = weight(rngs, (D, V), ("embed", "vocab"), **options)
 
     def __call__(
@@ -88,17 +106,19 @@ class DeepSeek(nnx.Module):
         form: Form | None = None,
         remat: Remat = "none",
         observe: Callable[[Routing], Any] | None = None,
+        x: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """What `head` takes, and what `observe` returned for every MoE layer, stacked, or None.
 
         Args:
           remat: what of each block is computed again in the backward pass, see `scan_stack`.
+          x: what this function gave for the layers before these; None embeds the tokens.
         """
 
         def watch(_, routing):
             return None if observe is None or routing is None else observe(routing)
 
-        x, observed = self._forward(tokens, positions, segment_ids, form, watch, remat)
+        x, observed = self._forward(tokens, positions, segment_ids, form, watch, remat, x)
         return x, next((of_stack for of_stack in observed if of_stack is not None), None)
 
     def trace(
@@ -110,15 +130,24 @@ class DeepSeek(nnx.Module):
         form: Form | None = None,
     ) -> ForwardTrace:
         """The same pass, with all that it computed on its way."""
-        x, layers = self._forward(
-            tokens, positions, segment_ids, form, lambda x, routing: (x, routing)
-        )
+
+        def watch(x, routing):
+            x = from_stripes(x, self.placement)
+            if routing is not None:
+                chosen = routing.expert_index, routing.expert_weight
+                index, weights = (from_stripes(a, self.placement) for a in chosen)
+                routing = Routing(index, weights, num_dropped=routing.num_dropped)
+            return x, routing
+
+        x, layers = self._forward(tokens, positions, segment_ids, form, watch)
         before = jnp.concatenate([inputs for inputs, _ in layers])  # what each block was given
         routing = next((r for _, r in layers if r is not None), None)
-        index, weights = (
-            (None, None) if routing is None else (routing.expert_index, routing.expert_weight)
+        chosen = (
+            (None, None, None)
+            if routing is None
+            else (routing.expert_index, routing.expert_weight, routing.num_dropped)
         )
-        return ForwardTrace(self.head(x), jnp.concatenate([before, x[None]]), index, weights)
+        return ForwardTrace(self.head(x), jnp.concatenate([before, x[None]]), *chosen)
 
     def prefill(
         self,
@@ -130,17 +159,20 @@ class DeepSeek(nnx.Module):
         form: Form | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of right-padded tokens on top of a cache, and the cache with them."""
-        tables = self._cached_tables(tokens, cache)
+        tables = self._tables(to_stripes(_cached_positions(tokens, cache), self.placement))
         options = {"num_new": num_new, "has_context": has_context, "form": form}
-        return self._run_cached(
-            tokens, cache, lambda mla, x, c, i: mla.prefill(x, c, i, tables, **options)
+        x, cache = self._run_cached(
+            to_stripes(tokens, self.placement),
+            cache,
+            lambda mla, x, c, i: mla.prefill(x, c, i, tables, **options),
         )
+        return from_stripes(x, self.placement), cache
 
     def decode(
         self, tokens: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of T tokens on top of a cache, and the cache with them."""
-        tables = self._cached_tables(tokens, cache)
+        tables = self._tables(_cached_positions(tokens, cache))
         num_new = tokens.shape[1]
         plan = self._plan(cache.lengths + num_new, num_new, cache.pages.shape[2])
         return self._run_cached(
@@ -160,15 +192,26 @@ class DeepSeek(nnx.Module):
         return jnp.einsum(equation, x, w, precision=highest, preferred_element_type=jnp.float32)
 
     def _plan(self, lengths, num_new: int, page_size: int):
-        """Once a step, for all layers; under a mesh every device plans for its own sequences."""
+        """Once a step, for all layers; under a mesh every device plans for the tokens it holds."""
         place = self.placement
         heads = self.config.num_attention_heads // (place.num_shards("heads") if place else 1)
         plan = functools.partial(mla_decode_plan, num_rows=num_new * heads, page_size=page_size)
         if place is None:
             return plan(lengths)
-        batch = place.spec("batch")
+        context_axes = place.axes("context")
+
+        def plan_own(lengths):
+            if context_axes:
+                share = jax.lax.axis_size(context_axes), jax.lax.axis_index(context_axes)
+                lengths = own_lengths(lengths, page_size, *share)
+            return plan(lengths)
+
         return jax.shard_map(
-            plan, mesh=place.mesh, in_specs=batch, out_specs=batch, check_vma=False
+            plan_own,
+            mesh=place.mesh,
+            in_specs=place.spec("batch"),
+            out_specs=place.spec(("context", "batch")),
+            check_vma=False,
         )(lengths)
 
     def _embed(self, tokens):
@@ -180,9 +223,9 @@ class DeepSeek(nnx.Module):
     def _stacks(self) -> list[tuple[Block, int]]:
         """The stacks in order, each with the number of its first layer."""
         stacks = []
-        if self.config.num_dense_layers:
+        if hasattr(self, "dense_layers"):
             stacks.append((self.dense_layers, 0))
-        if self.config.num_moe_layers:
+        if hasattr(self, "moe_layers"):
             stacks.append((self.moe_layers, self.config.num_dense_layers))
         return stacks
 
@@ -194,11 +237,13 @@ class DeepSeek(nnx.Module):
         form,
         watch=lambda x, routing: None,
         remat: Remat = "none",
+        x=None,
     ) -> tuple[Array, list[Any]]:
         if positions is None:
             positions = _positions(tokens, segment_ids)
-        c = self.config
-        tables = rope_tables(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
+        striped = functools.partial(to_stripes, placement=self.placement)
+        tables = self._tables(striped(positions))
+        segment_ids = None if segment_ids is None else striped(segment_ids)
 
         def attend(mla, x):
             return mla(x, tables, segment_ids=segment_ids, form=form), None
@@ -207,11 +252,12 @@ class DeepSeek(nnx.Module):
             y, _, routing = block(x, attend)
             return y, watch(x, routing)
 
-        x, traces = self._embed(tokens), []
+        x, traces = self._embed(striped(tokens)) if x is None else striped(x), []
         for blocks, _ in self._stacks():
             x, traced = scan_stack(blocks, run, x, remat=remat)
             traces.append(traced)
-        return self.norm(x), traces
+        x = from_stripes(x, self.placement)
+        return self.norm(x) if self.is_last else x, traces
 
     def _run_cached(self, tokens, cache, attend) -> tuple[Array, Any]:
         # The cache is carried, not scanned over: each layer writes its rows in place.
@@ -231,10 +277,14 @@ class DeepSeek(nnx.Module):
         x, cache = carry
         return self.norm(x), cache
 
-    def _cached_tables(self, tokens, cache):
-        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    def _tables(self, positions):
         c = self.config
         return rope_tables(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
+
+
+def _cached_positions(tokens, cache):
+    """Of tokens behind the cached ones."""
+    return cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 
 
 def _positions(tokens, segment_ids):

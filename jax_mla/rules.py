@@ -2,7 +2,8 @@
 
 Tokens are always split over `data` (and `fsdp`), whatever else a recipe splits.
 
-Source: ZeRO, arXiv 1910.02054; Megatron-LM, arXiv 1909.08053; DeepSeek-V3, arXiv 2412.19437, 3.4.
+Source: ZeRO, arXiv 1910.02054; Megatron-LM, arXiv 1909.08053; DeepSeek-V3, arXiv 2412.19437, 3.4;
+Llama 3, arXiv 2407.21783, 3.3.2.
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ def tensor_parallel() -> ShardingRules:
     return dataclasses.replace(
         _REPLICATED, vocab="tensor", heads="tensor", mlp="tensor", expert="expert"
     )
+
+
+def context_parallel() -> ShardingRules:
+    """Positions split over `sequence`, in prompts, in training and in caches; for long sequences.
+
+    Devices gather the latents of a prompt, which are small, and attend their own stripes to them;
+    in decoding each attends to the cached tokens that it holds, and the results are merged.
+    """
+    return dataclasses.replace(_REPLICATED, sequence="sequence", context="sequence")
 
 
 def dp_attention_ep() -> ShardingRules:

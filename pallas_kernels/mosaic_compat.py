@@ -3,9 +3,14 @@
 Importing this is slow, because it imports Mosaic GPU: only files that define a kernel do.
 """
 
+import inspect
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental import pallas as pl
 
 VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
@@ -36,3 +41,51 @@ def matmul_tiles(width: int, dtype) -> tuple:
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = next(size for size in (128, 64, 32) if width * itemsize % size == 0)
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def summing_kernel(body, *, sum_type, out_type, grid, grid_names, **options):
+    """`plgpu.kernel` that also returns a sum: an array of zeros that the kernel may add to.
+
+    `body` sees the operands, the sum, the other results and the scratch; the function returns the
+    sum and a list of the other results. 0.10 calls the compiled kernel `new_body`, whatever its
+    name.
+
+    The sum is a Ref that kernel and caller share, which `plgpu.kernel` takes from 0.11 on, but not
+    under vmap: its function without that rule takes one in 0.10 as well, and the rule is here.
+    """
+
+    @custom_vmap
+    def run(*operands):
+        kernel = plgpu.kernel(body, out_type=out_type, grid=grid, grid_names=grid_names, **options)
+
+        def call(refs):
+            total, *results = refs
+            for ref, result in zip(results, inspect.unwrap(kernel)(*operands, total), strict=True):
+                ref[...] = result
+
+        return pl.run_state(call)([jnp.zeros(x.shape, x.dtype) for x in (sum_type, *out_type)])
+
+    @run.def_vmap
+    def _(axis_size, is_batched, *operands):
+        axis = object()
+
+        def batched_body(*refs, **scratch):
+            index = lax.axis_index(axis)
+            inputs, results = refs[: len(operands)], refs[len(operands) :]
+            inputs = [x.at[index] if b else x for x, b in zip(inputs, is_batched, strict=True)]
+            body(*inputs, *(x.at[index] for x in results), **scratch)
+
+        def batched(x):
+            return jax.ShapeDtypeStruct((axis_size, *x.shape), x.dtype)
+
+        results = summing_kernel(
+            batched_body,
+            sum_type=batched(sum_type),
+            out_type=[batched(x) for x in out_type],
+            grid=(axis_size, *grid),
+            grid_names=(axis, *grid_names),
+            **options,
+        )(*operands)
+        return results, [True] * len(results)
+
+    return run

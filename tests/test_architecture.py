@@ -18,13 +18,14 @@ SOURCES = sorted(p for room in ("jax_mla", "pallas_kernels") for p in (ROOT / ro
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"pipeline"},
     {"serving", "training"},
-    {"explain", "generation", "tokenizer"},
+    {"explain", "generation", "plan", "tokenizer"},
     {"checkpoint"},
     {"functional"},
     {"model", "inputs"},
     {"layers"},
-    {"cache", "sharding", "sampling", "plan"},
+    {"cache", "sharding", "sampling"},
     {"arrays"},
     {"config"},
 ]

@@ -55,6 +55,8 @@ def tokamax(workload):
 def _refuse(workload) -> None:
     if jax.default_backend() != "gpu":
         raise NotImplementedError(f"needs an NVIDIA GPU, found {jax.default_backend()!r}")
+    if workload.deterministic:
+        raise NotImplementedError("stands beside our faster gradients")
     if workload.num_documents > 1:
         raise NotImplementedError("takes no segments")
     if workload.dtype not in ("bfloat16", "float16"):

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from jax_mla.checkpoint.folder import read_json
-from jax_mla.cli import completion, report
+from jax_mla.cli import completion, layout, processes, report
 from jax_mla.config import DeepSeekConfig
 from jax_mla.tokenizer import load_tokenizer
 
@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="the config's without it"
     )
+    layout.add_arguments(parser)
     parser.add_argument("--stream", action="store_true", help="print text while it is generated")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,12 +36,15 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(
         args.model, DeepSeekConfig.from_hf(read_json(args.model / "config.json"))
     )
+    processes.join(args)
+    mesh, rules = layout.build(args)
     import jax_mla
 
-    params, config = jax_mla.load(args.model, dtype=args.dtype)
+    params, config = jax_mla.load(args.model, dtype=args.dtype, mesh=mesh, rules=rules)
 
     def show(text: str) -> None:
-        print(text, end="", flush=True)
+        if processes.is_first():
+            print(text, end="", flush=True)
 
     result = completion.complete(
         params,
@@ -53,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         min_p=args.min_p,
         key=args.seed,
+        rules=rules,
     )
+    if not processes.is_first():
+        return 0
     if args.json:
         completions = [vars(one) for one in result.completions]
         report.print_json({"completions": completions, "seconds": result.seconds})

@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "continue a prompt with the model of a folder",
     "inspect": "show what a checkpoint folder holds, and what its cache costs",
     "verify": "check a checkpoint's numbers, against golden data or against themselves",
+    "plan": "show what each device of a mesh must hold, to train or to serve",
     "train": "train a model on files of text or tokens",
     "doctor": "show versions, devices and which kernels run here",
 }

@@ -5,15 +5,13 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_mla.cli import report
+from jax_mla.cli import layout, processes, report
 from jax_mla.cli.completion import positive
 from jax_mla.cli.train_progress import Metrics
 from jax_mla.config import DeepSeekConfig, tiny
 
 if TYPE_CHECKING:
     from jax_mla.training import Recipe
-
-RULES = ("ddp", "zero1", "zero2", "zero3", "tensor_parallel")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,27 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the computation; weights and their optimizer stay float32",
     )  # fmt: skip
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
-    parser.add_argument("--mesh", type=mesh_axes, metavar="AXIS=N,...", help="data=2,tensor=2")
-    parser.add_argument("--rules", choices=RULES, help="what lies where on the mesh")
+    layout.add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=positive, default=1000, metavar="STEPS")
     parser.add_argument("--keep", type=positive, default=3, help="saved steps to keep")
+    parser.add_argument(
+        "--export-dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the model that a finished run leaves; its router's bias stays float32",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains until the end or a signal; either way the last step is saved."""
-    if args.rules and not args.mesh:
-        raise ValueError(f"--rules {args.rules} splits over a mesh, and there is no --mesh")
+    processes.join(args)
+    mesh, rules = layout.build(args)
     import jax
 
     import jax_mla
-    from jax_mla import rules as published
     from jax_mla.training import Checkpoints, TokenRows, read_tokens, train
 
     recipe = _recipe(args)
-    mesh = jax_mla.make_mesh(**args.mesh) if args.mesh else None
-    rules = getattr(published, args.rules)() if args.rules else None
     if args.model is None:
         params, config = None, _config(args.config)
     else:
@@ -103,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
             on_notice=metrics.notice,
             should_stop=signals.came,
         )
+    stopped_by = signals.name or "another process"
     summary = {
-        "reason": signals.name if result.reason == "stopped" else "finished",
+        "reason": stopped_by if result.reason == "stopped" else "finished",
         "step": int(result.state.step),
         "skipped_steps": int(result.state.num_skipped),
         **metrics.summary(),
@@ -112,14 +112,25 @@ def run(args: argparse.Namespace) -> int:
         "model": None,
         "device": jax.devices()[0].device_kind,
     }
-    if result.reason == "finished" and jax.process_count() == 1:
-        folder = args.out / f"model_{summary['step']:08}"
-        if not folder.exists():
-            jax_mla.save(folder, result.state.params, config)
-        summary["model"] = str(folder)
-    if jax.process_index() == 0:
+    if result.reason == "finished":
+        summary["model"] = _export(result.state.params, config, args, summary["step"])
+    if processes.is_first():
         _print(summary, args.json)
     return 0
+
+
+def _export(params: Any, config: DeepSeekConfig, args: argparse.Namespace, step: int) -> str:
+    """The folder of the trained model, which the first process writes unless it is there."""
+    import jax_mla
+    from jax_mla.training import Precision
+    from jax_mla.training.processes import gathered, of_first_process
+
+    folder = args.out / f"model_{step:08}"
+    if not of_first_process(folder.exists()):
+        params = gathered(Precision(param=args.export_dtype).to_param(params))
+        if params is not None:
+            jax_mla.save(folder, params, config)
+    return str(folder)
 
 
 class Signals:
@@ -144,19 +155,6 @@ class Signals:
     def _notice(self, number: int, _: object) -> None:
         self.name = signal.Signals(number).name
         signal.signal(number, self._before[number])
-
-
-def mesh_axes(word: str) -> dict[str, int]:
-    """An argparse type: `data=2,tensor=4`."""
-    axes = {}
-    for part in word.split(","):
-        name, _, size = part.partition("=")
-        if name not in ("data", "fsdp", "tensor", "expert", "sequence") or name in axes:
-            raise argparse.ArgumentTypeError(
-                f"axes are data, fsdp, tensor, expert and sequence, each once, got {part!r}"
-            )
-        axes[name] = positive(size)
-    return axes
 
 
 def _recipe(args: argparse.Namespace) -> "Recipe":
@@ -209,8 +207,10 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         report.print_json(summary)
         return
-    how = {"finished": "finished", "SIGINT": "stopped by Ctrl-C", "SIGTERM": "stopped by SIGTERM"}
-    print(f"{how[summary['reason']]} after step {summary['step']}")
+    by = {"SIGINT": "Ctrl-C", "another process": "a signal to another process"}
+    reason = summary["reason"]
+    how = reason if reason == "finished" else f"stopped by {by.get(reason, reason)}"
+    print(f"{how} after step {summary['step']}")
     if summary["model"]:
         print(f"model: {summary['model']}")
     else:

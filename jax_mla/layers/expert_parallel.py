@@ -1,8 +1,9 @@
 """Routed experts as functions of arrays: on one device, and over the mesh axes that split experts.
 
 Under a mesh the functions run inside of shard_map, on a device's own tokens and experts. `dense`
-lets every device see all tokens and apply its own experts to them; `a2a` sends each token only to
-the devices that own its experts. Both equal the layer on one device, and no token is dropped.
+lets every device see all tokens and apply its own experts to them; `a2a` and `ragged` send each
+token only to the devices that own its experts, `a2a` in blocks padded to equal size. All equal the
+layer on one device: no token is dropped, unless `a2a` is given a capacity.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_mla.sharding import Placement
+from jax_mla.layers import expert_exchange
+from jax_mla.sharding import Placement, ShardingRules
 from pallas_kernels import grouped_matmul
 
 # gate_proj, up_proj and down_proj of all experts of one layer or of a pool of layers.
@@ -28,14 +30,15 @@ def apply_local(
     expert_weight: Float[Array, "M A"],
     weights: Weights,
     layer: int | Int[Array, ""],
+    embed_axes: tuple[str, ...] = (),
 ) -> Float[Array, "M D"]:
     """sum_a expert_weight[m, a] * expert[expert_index[m, a]](x[m]), float32.
 
-    An index outside of 0 to E - 1 adds nothing.
+    An index outside of 0 to E - 1 adds nothing. Weights are split by D over mesh axes `embed_axes`.
     """
     active = expert_index.shape[1]
     source = jnp.arange(expert_index.size) // active
-    rows = _run(x, source, expert_index.reshape(-1), weights, layer)
+    rows = _run(x, source, expert_index.reshape(-1), weights, layer, embed_axes)
     return _combine(rows.reshape(-1, active, x.shape[1]), expert_weight)
 
 
@@ -48,23 +51,19 @@ def apply_on_mesh(
     placement: Placement,
 ) -> Float[Array, "B T D"]:
     """`apply_local` of every device's tokens and experts, by the dispatcher that the rules name."""
-    dispatch = {"dense": _dense, "a2a": _all_to_all}[placement.rules.expert_dispatch]
-
-    logical = placement.of_tokens(x)
-    split = {axis for name in logical if name for axis in placement.axes(name)}
-    axes = _Axes(
-        expert=placement.axes("expert"),
-        gathered=tuple(axis for axis in placement.axes("expert") if axis in split),
-        replicated=tuple(axis for axis in placement.axes("expert") if axis not in split),
-        width=placement.axes("mlp"),
-    )
+    axes, rules = _Axes.of(x, placement), placement.rules
+    is_sent = rules.expert_dispatch != "dense" and axes.expert
 
     def share(x, expert_index, expert_weight, weights, layer):
         flat, index, weight = (a.reshape(-1, a.shape[-1]) for a in (x, expert_index, expert_weight))
-        return dispatch(flat, index, weight, weights, layer, axes).reshape(x.shape)
+        if is_sent:
+            y = _sent(flat, index, weight, weights, layer, axes, rules)
+        else:
+            y = _dense(flat, index, weight, weights, layer, axes)
+        return y.reshape(x.shape)
 
-    spec, tokens = placement.spec, placement.spec(*logical)
-    into, out = spec(None, "expert", None, "mlp"), spec(None, "expert", "mlp", None)
+    spec, tokens = placement.spec, placement.spec(*placement.of_tokens(x))
+    into, out = spec(None, "expert", "embed", "mlp"), spec(None, "expert", "mlp", "embed")
     return jax.shard_map(
         share,
         mesh=placement.mesh,
@@ -74,15 +73,56 @@ def apply_on_mesh(
     )(x, expert_index, expert_weight, weights, layer)
 
 
+def count_dropped(
+    expert_index: Int[Array, "B T A"], num_experts: int, placement: Placement
+) -> Int[Array, ""]:
+    """How many of a layer's (token, expert) pairs `apply_on_mesh` leaves out, on all devices."""
+    axes, capacity = _Axes.of(expert_index, placement), placement.rules.expert_capacity
+    num_devices = placement.num_shards("expert")
+    own_experts = num_experts // num_devices
+
+    def share(expert_index):
+        flat = expert_index.reshape(-1, expert_index.shape[-1])
+        if axes.replicated:
+            (flat,) = _own_part((flat,), axes.replicated)
+        room = expert_exchange.padded_room(flat.shape, own_experts, num_devices, capacity)
+        counts = expert_exchange.padded_counts(flat.reshape(-1), own_experts, num_devices)
+        dropped = jnp.maximum(counts - room, 0).sum()
+        over = axes.tokens + axes.replicated
+        return jax.lax.psum(dropped, over) if over else dropped
+
+    tokens = placement.spec(*placement.of_tokens(expert_index))
+    return jax.shard_map(
+        share, mesh=placement.mesh, in_specs=tokens, out_specs=placement.spec(), check_vma=False
+    )(expert_index)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-    """Mesh axes: those that split experts, of them those that do and do not split tokens as well;
-    and those that split the width of each expert."""
+    """Mesh axes: those that split tokens; that split experts, and of them those that do and do not
+    split tokens as well; and those that split the width of each expert, and its inputs."""
 
+    tokens: tuple[str, ...]
     expert: tuple[str, ...]
     gathered: tuple[str, ...]
     replicated: tuple[str, ...]
     width: tuple[str, ...]
+    embed: tuple[str, ...]
+
+    @classmethod
+    def of(cls, x: Array, placement: Placement) -> _Axes:
+        """Of the mesh, and of tokens x[B, T, ...] on it."""
+        split = [name for name in placement.of_tokens(x) if name]
+        tokens = tuple(axis for name in split for axis in placement.axes(name))
+        expert = placement.axes("expert")
+        return cls(
+            tokens=tokens,
+            expert=expert,
+            gathered=tuple(axis for axis in expert if axis in tokens),
+            replicated=tuple(axis for axis in expert if axis not in tokens),
+            width=placement.axes("mlp"),
+            embed=placement.axes("embed"),
+        )
 
 
 def _dense(x, expert_index, expert_weight, weights, layer, axes: _Axes):
@@ -91,7 +131,7 @@ def _dense(x, expert_index, expert_weight, weights, layer, axes: _Axes):
         gather = functools.partial(jax.lax.all_gather, axis_name=axes.gathered, axis=0, tiled=True)
         x, expert_index, expert_weight = gather(x), gather(expert_index), gather(expert_weight)
     first = _rank(axes.expert) * weights[0].shape[1]
-    y = apply_local(x, expert_index - first, expert_weight, weights, layer)
+    y = apply_local(x, expert_index - first, expert_weight, weights, layer, axes.embed)
     if axes.replicated + axes.width:
         y = jax.lax.psum(y, axes.replicated + axes.width)
     if axes.gathered:
@@ -99,45 +139,24 @@ def _dense(x, expert_index, expert_weight, weights, layer, axes: _Axes):
     return y
 
 
-def _all_to_all(x, expert_index, expert_weight, weights, layer, axes: _Axes):
-    """Sends every token to the devices of its experts and the results back.
-
-    Buffers are padded to what one device may send to another if all of its tokens go there, so
-    that nothing is ever dropped: min(A, E / devices) rows a token.
-    """
-    if not axes.expert:
-        return _dense(x, expert_index, expert_weight, weights, layer, axes)
+def _sent(x, expert_index, expert_weight, weights, layer, axes: _Axes, rules: ShardingRules):
+    """Sends every token to the devices of its experts and the results back."""
     num_tokens = x.shape[0]
     if axes.replicated:  # devices with equal tokens take a part of them each
         x, expert_index, expert_weight = _own_part(
             (x, expert_index, expert_weight), axes.replicated
         )
-    num_devices, own_experts = jax.lax.axis_size(axes.expert), weights[0].shape[1]
-    (M, A), width = expert_index.shape, x.shape[1]
-    room = M * min(A, own_experts)  # the experts of a token are distinct
 
-    expert = expert_index.reshape(-1)
-    to = jnp.where(expert < 0, num_devices, expert // own_experts)
-    order = jnp.argsort(to)
-    counts = jnp.bincount(to, length=num_devices)
-    place = (
-        jnp.arange(M * A) - (jnp.cumsum(counts) - counts)[jnp.minimum(to[order], len(counts) - 1)]
-    )
-    slot = jnp.zeros_like(to).at[order].set(place) + to * room
+    def run(rows, expert):
+        return _run(rows, jnp.arange(len(rows)), expert, weights, layer, axes.embed)
 
-    def exchange(rows):
-        rows = rows.reshape(num_devices, room, *rows.shape[1:])
-        rows = jax.lax.all_to_all(rows, axes.expert, split_axis=0, concat_axis=0)
-        return rows.reshape(num_devices * room, *rows.shape[2:])
+    arguments = x, expert_index, weights[0].shape[1], run, axes.expert
+    if rules.expert_dispatch == "ragged":
+        rows = expert_exchange.ragged(*arguments)
+    else:
+        rows = expert_exchange.padded(*arguments, rules.expert_capacity)
 
-    sent = jnp.zeros((num_devices * room, width), x.dtype)
-    sent = exchange(sent.at[slot].set(x[jnp.arange(M * A) // A], mode="drop"))
-    own = jnp.full(num_devices * room, own_experts, jnp.int32)
-    own = exchange(own.at[slot].set(expert % own_experts, mode="drop"))
-    rows = exchange(_run(sent, jnp.arange(len(own)), own, weights, layer))
-    rows = rows.at[slot].get(mode="fill", fill_value=0)
-
-    y = _combine(rows.reshape(M, A, width), expert_weight)
+    y = _combine(rows.reshape(*expert_index.shape, x.shape[1]), expert_weight)
     if axes.width:
         y = jax.lax.psum(y, axes.width)
     if axes.replicated:
@@ -164,19 +183,26 @@ def _rank(axes: tuple[str, ...]) -> int | Array:
     return jax.lax.axis_index(axes) if axes else 0
 
 
-def _run(x, source, expert, weights: Weights, layer) -> Array:
+def _run(x, source, expert, weights: Weights, layer, embed_axes: tuple[str, ...]) -> Array:
     """Row m is expert[m] applied to x[source[m]], and 0 where the expert is not one of these."""
+    if embed_axes:  # of a pool, only this layer is gathered
+        weights = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, layer, 1), weights)
+        layer = 0
     num_layers, num_experts = weights[0].shape[:2]
     expert = jnp.where((expert >= 0) & (expert < num_experts), expert, num_experts)
     order = jnp.argsort(expert)
     group_sizes = jnp.bincount(expert, length=num_experts)
 
-    def multiply(rows, w):
+    # The backward pass gathers once more; where it computes the layer again, only once for both.
+    @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+    def multiply(rows, w, axis):
+        if embed_axes:
+            w = jax.lax.all_gather(w, embed_axes, axis=axis, tiled=True)
         w = w.reshape(num_layers * num_experts, *w.shape[2:]).astype(rows.dtype)
         return grouped_matmul(rows, w, group_sizes, first_group=layer * num_experts)
 
     rows, (gate, up, down) = x[source[order]], weights
-    rows = multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
+    rows = multiply(jax.nn.silu(multiply(rows, gate, 2)) * multiply(rows, up, 2), down, 3)
     return rows[jnp.argsort(order)]
 
 

@@ -1,10 +1,13 @@
 """Attention over latents as functions of arrays: to a sequence itself, and to a cache.
 
-They run on what one device holds: under a mesh `MLA` maps them over it, with heads, sequences and
-positions split, and `sequence_axes` naming the mesh axes that split the positions.
+They run on what one device holds: under a mesh `MLA` maps them over it. There `sequence_axes` are
+the mesh axes that split the new tokens into stripes (`layers/stripes`), `context_axes` those that
+split the cached ones.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +15,15 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jax_mla.cache import LatentCache, PagedLatentCache, layer_pages
 from jax_mla.config import DeepSeekConfig
+from jax_mla.layers.stripes import gather_stripes, stripe_order
 from jax_mla.layers.weight import project
 from pallas_kernels import flash_attention, merge_attention, mla_decode
 
 # Cached tokens that the expanded form turns into keys and values at a time.
 CONTEXT_BLOCK = 512
-NO_SEGMENT = -1  # of positions that no query may see; segment ids are not negative
 
-Result = tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]
+# Output, of H numbers or, absorbed, of C, and lse.
+Result = tuple[Float[Array, "B T N H_or_C"], Float32[Array, "B T N"]]
 
 
 def expand(
@@ -62,43 +66,53 @@ def attend_new(
     sequence_axes: tuple[str, ...] = (),
 ) -> Result:
     """Causal attention of new tokens to themselves; absorbed, its output is still a latent."""
-    if sequence_axes:
-        rows, segment_ids = _gather_seen(rows, segment_ids, lengths, sequence_axes)
-        lengths = None
     if form == "expanded":
         q = jnp.concatenate([q_nope, q_pe], axis=-1)
-        k, v = expand(rows, k_b_proj, v_b_proj)
     else:
         q = absorb_query(q_nope, q_pe, k_b_proj)
+
+    def keys_values(rows):
+        if form == "expanded":
+            return expand(rows, k_b_proj, v_b_proj)
         k = rows[:, :, None, :]
-        v = k[..., : config.kv_lora_rank]
-    return flash_attention(
-        q, k, v, scale=config.softmax_scale, return_lse=True,
-        segment_ids=segment_ids, lengths=lengths,
-    )  # fmt: skip
+        return k, k[..., : config.kv_lora_rank]
+
+    attend = functools.partial(flash_attention, scale=config.softmax_scale, return_lse=True)
+    if not sequence_axes:
+        return attend(q, *keys_values(rows), segment_ids=segment_ids, lengths=lengths)
+    everything = keys_values(gather_stripes(rows, sequence_axes))
+    return _attend_striped(attend, q, *everything, segment_ids, lengths, sequence_axes)
 
 
-def _gather_seen(rows, segment_ids, lengths, axes):
-    """All devices' rows in the order 'behind mine, before mine, mine', and which of them count.
+def _attend_striped(attend, q, k, v, segment_ids, lengths, axes) -> Result:
+    """Each of a device's two stripes attends to itself, and then to all that comes before it.
 
-    flash_attention takes queries to be the last of its keys: turned this way they are, and what
-    lies behind them, now in front, is hidden as a segment of its own.
+    The second attention ends at a length, where the op stops: equal work in sum on every device.
     """
-    num_new = rows.shape[1]
-    rank = jax.lax.axis_index(axes)
-    if segment_ids is None:
-        segment_ids = jnp.zeros_like(rows[:, :, 0], jnp.int32)
-    rows, segment_ids = (
-        jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in (rows, segment_ids)
-    )
-    position = jnp.arange(rows.shape[1])[None, :]
-    is_seen = position < (rank + 1) * num_new
-    if lengths is not None:
-        is_seen = is_seen & (position < lengths[:, None])
-        rows = jnp.where((position < lengths[:, None])[:, :, None], rows, 0)
-    segment_ids = jnp.where(is_seen, segment_ids, NO_SEGMENT)
-    shift = -(rank + 1) * num_new
-    return jnp.roll(rows, shift, axis=1), jnp.roll(segment_ids, shift, axis=1)
+    num_stripes, T = 2 * jax.lax.axis_size(axes), k.shape[1]
+    size = T // num_stripes
+    ids = None if segment_ids is None else gather_stripes(segment_ids, axes)
+    stripes = jnp.asarray(stripe_order(num_stripes // 2)).reshape(-1, 2)
+    lengths = jnp.full(q.shape[0], T, jnp.int32) if lengths is None else lengths
+
+    def attend_stripe(i):
+        begin = size * stripes[jax.lax.axis_index(axes), i]
+        q_i = q[:, i * size : (i + 1) * size]
+        own_ids = before_ids = None
+        if ids is not None:
+            own_ids = jax.lax.dynamic_slice_in_dim(ids, begin, size, axis=1)
+            # The op reads its queries' ids from the end, where no stripe has keys before it.
+            before_ids = ids.at[:, -size:].set(own_ids)
+        k_i, v_i = (jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1) for x in (k, v))
+        own_lengths = jnp.clip(lengths - begin, 0, size)
+        itself = attend(q_i, k_i, v_i, segment_ids=own_ids, lengths=own_lengths)
+        before = attend(
+            q_i, k, v, causal=False, segment_ids=before_ids, lengths=jnp.minimum(lengths, begin)
+        )
+        return merge_attention(*itself, *before)
+
+    (out_a, lse_a), (out_b, lse_b) = attend_stripe(0), attend_stripe(1)
+    return jnp.concatenate([out_a, out_b], axis=1), jnp.concatenate([lse_a, lse_b], axis=1)
 
 
 def attend_cached(
@@ -111,8 +125,54 @@ def attend_cached(
     *,
     config: DeepSeekConfig,
     form: str,
+    sequence_axes: tuple[str, ...] = (),
+    context_axes: tuple[str, ...] = (),
 ) -> Result:
     """Attention of new tokens to all cached ones; absorbed, its output is still a latent."""
+    arguments = k_b_proj, v_b_proj, cache, layer, config, form
+    if not context_axes:
+        return _attend_cached(q_nope, q_pe, *arguments)
+    is_split = bool(set(sequence_axes) & set(context_axes))  # then both are the same axes
+    if is_split:  # each device has part of the keys: all queries must meet them
+        q_nope, q_pe = (
+            jax.lax.all_gather(q, context_axes, axis=1, tiled=True) for q in (q_nope, q_pe)
+        )
+    out, lse = _attend_cached(q_nope, q_pe, *arguments)
+    return merge_over_devices(out, lse, context_axes, scatter=is_split)
+
+
+def merge_over_devices(
+    out: Float[Array, "B T N H"],
+    lse: Float32[Array, "B T N"],
+    axes: tuple[str, ...],
+    *,
+    scatter: bool = False,
+) -> tuple[Float[Array, "B T_own N H"], Float32[Array, "B T_own N"]]:
+    """Attention over the keys of all devices, from each one's attention over its own.
+
+    Args:
+      scatter: leaves each device an equal part of the T queries, in their order, not all.
+    """
+    highest = jax.lax.pmax(lse, axes)
+    highest = jnp.where(highest == -jnp.inf, 0, highest)  # -inf - -inf would be NaN
+    weight = jnp.exp(lse - highest)[..., None]
+    out_f32 = jnp.where(weight == 0, 0, out.astype(jnp.float32))  # of no keys it may be anything
+    sums = jnp.concatenate([weight * out_f32, weight], axis=-1)
+    if scatter:
+        sums = jax.lax.psum_scatter(sums, axes, scatter_dimension=1, tiled=True)
+        size = sums.shape[1]
+        begin = jax.lax.axis_index(axes) * size
+        highest = jax.lax.dynamic_slice_in_dim(highest, begin, size, axis=1)
+    else:
+        sums = jax.lax.psum(sums, axes)
+    merged, total = sums[..., :-1], sums[..., -1]
+    is_empty = total == 0
+    total = jnp.where(is_empty, 1, total)
+    lse = jnp.where(is_empty, -jnp.inf, highest + jnp.log(total))
+    return (merged / total[..., None]).astype(out.dtype), lse
+
+
+def _attend_cached(q_nope, q_pe, k_b_proj, v_b_proj, cache, layer, config, form) -> Result:
     if form == "absorbed":
         pool, table = layer_pages(cache, layer)
         q = absorb_query(q_nope, q_pe, k_b_proj).astype(pool.dtype)

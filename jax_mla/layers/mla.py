@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jax_mla.cache import Cache, append, cache_specs, capacity, layer_pages, renumber
+from jax_mla.cache import Cache, advance, append, capacity, layer_pages, own_tokens
 from jax_mla.config import DeepSeekConfig
-from jax_mla.layers.latent_attention import absorb_query, attend_cached, attend_new, value_up
+from jax_mla.layers.attention_on_mesh import over_mesh, over_mesh_cached
+from jax_mla.layers.latent_attention import (
+    absorb_query,
+    attend_cached,
+    attend_new,
+    merge_over_devices,
+    value_up,
+)
 from jax_mla.layers.norm import LATENT_NORM_EPS, RMSNorm
 from jax_mla.layers.rope import rope_tables, rotate
+from jax_mla.layers.stripes import gather_stripes, to_stripes
 from jax_mla.layers.weight import constant, project, weight
 from jax_mla.sharding import Placement
 from pallas_kernels import MLADecodePlan, merge_attention, mla_decode
@@ -83,7 +89,8 @@ class MLA(nnx.Module):
     Args:
       config: reads the head sizes, ranks, rope and attention_bias. With q_lora_rank=None queries
         come from x directly.
-      placement: the mesh that weights and inputs will lie on; None on a single device.
+      placement: the mesh that weights and inputs will lie on; None on a single device. Where its
+        rules split positions, whole sequences and prompts are in the order of `layers/stripes`.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1. Weight names are the checkpoints' own;
     kv_b_proj is kept as its two halves, k_b_proj (W_UK) and v_b_proj (W_UV).
@@ -142,10 +149,12 @@ class MLA(nnx.Module):
         q_nope, q_pe = self._queries(x, tables)
         rows = self._rows(x, tables)
         form = resolve_form(form, self.config, x.shape[1], 0)
-        attend = functools.partial(
-            attend_new, config=self.config, form=form, sequence_axes=self._axes("sequence")
-        )
-        out, _ = self._map(attend)(q_nope, q_pe, rows, *self._up_projections(), segment_ids)
+        sequence = self._sequence(x)
+        options = {"form": form, "sequence_axes": self._axes(sequence)}
+        attend = functools.partial(attend_new, config=self.config, **options)
+        new_tokens = (q_nope, q_pe, rows, *self._up_projections())
+        attend = over_mesh(attend, self.placement, sequence)
+        out, _ = attend(*new_tokens, segment_ids)
         return self._output(out, form)
 
     def decode(
@@ -158,23 +167,28 @@ class MLA(nnx.Module):
         plan: MLADecodePlan | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends T tokens of every sequence to the cache and attends them to it, absorbed."""
-        scale, axes = self.config.softmax_scale, self._axes("batch")
+        new = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+        scale, context_axes = self.config.softmax_scale, self._axes("context")
+        if context_axes and x.shape[1] > 1:  # a device's last tokens need not be the last of all
+            return self._prefill(x, cache, layer, tables, new, True, "absorbed", sequence=None)
 
         def attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, cache, layer, new, plan):
-            cache = append(renumber(cache, axes, -1), layer, rows, new)
-            pool, table = layer_pages(cache, layer)
+            cache = append(cache, layer, rows, new)
+            own = own_tokens(advance(cache, new), context_axes)
+            pool, table = layer_pages(own, layer)
             q = absorb_query(q_nope, q_pe, k_b_proj).astype(pool.dtype)
-            out, _ = mla_decode(
-                q, pool, table, cache.lengths + new,
+            out, lse = mla_decode(
+                q, pool, table, own.lengths,
                 latent_dim=v_b_proj.shape[-1], scale=scale, plan=plan,
             )  # fmt: skip
-            return out, renumber(cache, axes, 1)
+            if context_axes:
+                out, _ = merge_over_devices(out, lse, context_axes)
+            return out, cache
 
         q_nope, q_pe = self._queries(x, tables)
-        new = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
         new_tokens = (q_nope, q_pe, self._rows(x, tables), *self._up_projections())
-        mapped = self._map_cached(attend, cache, sequence=None)
-        out, cache = mapped(*new_tokens, cache, layer, new, plan)
+        attend = over_mesh_cached(attend, self.placement, sequence=None)
+        out, cache = attend(*new_tokens, cache, layer, new, plan)
         return self._output(out.astype(x.dtype), "absorbed"), cache
 
     def prefill(
@@ -197,69 +211,47 @@ class MLA(nnx.Module):
         """
         num_cached = capacity(cache) - x.shape[1] if has_context else 0
         form = resolve_form(form, self.config, x.shape[1], max(num_cached, 0))
-        axes, sequence_axes = self._axes("batch"), self._axes("sequence")
-        options = {"config": self.config, "form": form}
+        sequence = self._sequence(x)
+        return self._prefill(x, cache, layer, tables, num_new, has_context, form, sequence=sequence)
+
+    def _prefill(self, x, cache, layer, tables, num_new, has_context, form, *, sequence):
+        sequence_axes, context_axes = self._axes(sequence), self._axes("context")
+        options = {"config": self.config, "form": form, "sequence_axes": sequence_axes}
 
         def attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, cache, layer, num_new, _):
-            cache = renumber(cache, axes, -1)
             weights = k_b_proj, v_b_proj
-            out, lse = attend_new(
-                q_nope, q_pe, rows, *weights,
-                lengths=num_new, sequence_axes=sequence_axes, **options,
-            )  # fmt: skip
+            out, lse = attend_new(q_nope, q_pe, rows, *weights, lengths=num_new, **options)
             if has_context:
-                context = attend_cached(q_nope, q_pe, *weights, cache, layer, **options)
+                own = own_tokens(cache, context_axes)
+                context = attend_cached(
+                    q_nope, q_pe, *weights, own, layer, context_axes=context_axes, **options
+                )
                 out, _ = merge_attention(out, lse, *context)
             if sequence_axes:
-                rows = jax.lax.all_gather(rows, sequence_axes, axis=1, tiled=True)
-            return out, renumber(append(cache, layer, rows, num_new), axes, 1)
+                rows = gather_stripes(rows, sequence_axes)
+            return out, append(cache, layer, rows, num_new)
 
         q_nope, q_pe = self._queries(x, tables)
         new_tokens = (q_nope, q_pe, self._rows(x, tables), *self._up_projections())
-        mapped = self._map_cached(attend, cache, sequence="sequence")
-        out, cache = mapped(*new_tokens, cache, layer, num_new, None)
+        attend = over_mesh_cached(attend, self.placement, sequence)
+        out, cache = attend(*new_tokens, cache, layer, num_new, None)
         return self._output(out.astype(x.dtype), form), cache
 
-    def _map(self, attend: Callable[..., Any]) -> Callable[..., Any]:
-        """attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, segment_ids) on every device's share."""
-        if self.placement is None:
-            return attend
-        spec = self.placement.spec
-        heads, weight = spec("batch", "sequence", "heads", None), spec("heads", None, None)
-        rows, tokens = spec("batch", "sequence", None), spec("batch", "sequence")
-        return jax.shard_map(
-            attend,
-            mesh=self.placement.mesh,
-            in_specs=(heads, heads, rows, weight, weight, tokens),
-            out_specs=(heads, spec("batch", "sequence", "heads")),
-            check_vma=False,  # a kernel does not say over which axes its results vary
-        )
+    def _axes(self, logical_axis: str | None) -> tuple[str, ...]:
+        if self.placement is None or logical_axis is None:
+            return ()
+        return self.placement.axes(logical_axis)
 
-    def _map_cached(
-        self, attend: Callable[..., Any], cache: Cache, *, sequence: str | None
-    ) -> Callable[..., Any]:
-        """attend(the first five of `_map`, cache, layer, num_new, plan) on every device's share."""
-        if self.placement is None:
-            return attend
-        spec = self.placement.spec
-        heads, weight = spec("batch", sequence, "heads", None), spec("heads", None, None)
-        rows, batch, pages = spec("batch", sequence, None), spec("batch"), cache_specs(cache, spec)
-        return jax.shard_map(
-            attend,
-            mesh=self.placement.mesh,
-            in_specs=(heads, heads, rows, weight, weight, pages, spec(), batch, batch),
-            out_specs=(heads, pages),
-            check_vma=False,
-        )
-
-    def _axes(self, logical_axis: str) -> tuple[str, ...]:
-        return () if self.placement is None else self.placement.axes(logical_axis)
+    def _sequence(self, x) -> str | None:
+        """The logical axis of the positions of a whole sequence or prompt x[B, T, D]."""
+        return None if self.placement is None else self.placement.of_tokens(x)[1]
 
     def _up_projections(self) -> tuple[Array, Array]:
         return self.k_b_proj[...], self.v_b_proj[...]
 
     def _tables(self, x):
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+        positions = to_stripes(positions, self.placement)
         c = self.config
         return rope_tables(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: a float32 router, dropless routed experts, shared experts."""
+"""Mixture of experts: a float32 router, routed experts, shared experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jax_mla.config import DeepSeekConfig
-from jax_mla.layers.expert_parallel import Weights, apply_local, apply_on_mesh
+from jax_mla.layers.expert_parallel import (
+    Weights,
+    apply_local,
+    apply_on_mesh,
+    count_dropped,
+)
 from jax_mla.layers.mlp import SwiGLU
 from jax_mla.layers.weight import constant, project, weight
 from jax_mla.sharding import Placement
@@ -22,11 +27,13 @@ class Routing:
     """The A experts that each token goes to, in no particular order, and their weights.
 
     `scores` are those of all experts, unbiased, for a balance loss; a layer does not read them.
+    `num_dropped` of the choices are left out for want of capacity; None if there is no such limit.
     """
 
     expert_index: Int[Array, "*B A"]
     expert_weight: Float[Array, "*B A"]
     scores: Float[Array, "*B E"] | None = None
+    num_dropped: Int[Array, "*L"] | None = None
 
 
 def route(
@@ -88,7 +95,7 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """DeepSeek's mixture of experts; no token is ever dropped.
+    """DeepSeek's mixture of experts; no token is dropped, unless rules set an expert_capacity.
 
     y = sum_a expert_weight[a] * expert[expert_index[a]](x) + shared(x)
 
@@ -134,7 +141,12 @@ class MoE(nnx.Module):
                 in_specs=(tokens, self.placement.spec(None)),
                 out_specs=tokens,
             )
-        return choose(logits, bias)
+        routing = choose(logits, bias)
+        if self.placement is None or self.placement.rules.expert_capacity is None:
+            return routing
+        num_experts = logits.shape[-1]
+        num_dropped = count_dropped(routing.expert_index, num_experts, self.placement)
+        return dataclasses.replace(routing, num_dropped=num_dropped)
 
     def __call__(
         self,

@@ -32,6 +32,8 @@ class NextTokenLoss:
       num_tokens: tokens whose prediction is counted.
       z_loss: mean of log(sum(exp(logits))) ** 2, to be added with a small factor (1e-4).
       balance_loss: `sequence_balance` added up over layers, mean over rows; 0 without MoE layers.
+      num_dropped: (token, expert) pairs left out for want of the rules' expert_capacity, in all
+        layers; None without one.
     """
 
     loss: Float[Array, ""]
@@ -39,6 +41,7 @@ class NextTokenLoss:
     num_tokens: Int[Array, ""]
     z_loss: Float[Array, ""]
     balance_loss: Float[Array, ""]
+    num_dropped: Int[Array, ""] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +53,19 @@ class LossSums:
     squared_lse: Any
     balance: Any
     load: Any
+    num_dropped: Any = None
+
+    def means(self, num_tokens: Int[Array, ""], num_rows: int) -> NextTokenLoss:
+        """The loss of a batch of which these are the sums."""
+        count = jnp.maximum(num_tokens, 1)
+        return NextTokenLoss(
+            loss=self.nll / count,
+            load=self.load,
+            num_tokens=num_tokens,
+            z_loss=self.squared_lse / count,
+            balance_loss=self.balance / num_rows,
+            num_dropped=self.num_dropped,
+        )
 
 
 def next_token_loss(
@@ -73,17 +89,21 @@ def next_token_loss(
       precision: None computes in the dtype of the parameters.
       remat: what of each block the backward pass computes again: "none", "dots" (all but the
         outputs of projections) or "full".
-      chunk_tokens: tokens of the batch whose logits exist at one time, here and in the backward
-        pass, which computes them again.
+      chunk_tokens: tokens of a device whose logits exist at one time, here and in the backward
+        pass, which computes them again. Devices add up the head's gradient anew for every chunk.
       rules: those by which the parameters lie on their mesh; None takes the defaults.
 
     Raises:
-      ValueError: rows hold fewer than 2 tokens, shapes disagree, or chunk_tokens is below 1.
+      ValueError: rows hold fewer than 2 tokens, shapes disagree, segment ids are not integers, the
+        mask is not of booleans, or chunk_tokens is below 1.
 
     Cost: that of `forward`, and chunk_tokens * V float32 numbers instead of its logits.
     """
     tokens = inputs.check_tokens(tokens, config)
-    inputs.check_same_shape(tokens, segment_ids=segment_ids, loss_mask=loss_mask)
+    _, segment_ids = inputs.check_aligned(tokens, config, None, segment_ids)
+    inputs.check_same_shape(tokens, loss_mask=loss_mask)
+    if loss_mask is not None and (dtype := jnp.result_type(loss_mask)) != np.bool_:
+        raise ValueError(f"loss_mask must be true or false, got dtype {dtype}")
     if tokens.shape[1] < 2:
         raise ValueError(
             f"a loss needs at least 2 tokens a row, got tokens of shape {tokens.shape}"
@@ -104,16 +124,8 @@ def next_token_loss(
 )
 def _next_token_loss(params, config, tokens, segment_ids, loss_mask, **options):
     is_counted = counted(tokens, segment_ids, loss_mask)
-    sums = loss_sums(params, config, tokens, is_counted, segment_ids, **options)
-    num_tokens = is_counted.sum()
-    count = jnp.maximum(num_tokens, 1)
-    return NextTokenLoss(
-        loss=sums.nll / count,
-        load=sums.load,
-        num_tokens=num_tokens,
-        z_loss=sums.squared_lse / count,
-        balance_loss=sums.balance / tokens.shape[0],
-    )
+    _, sums = loss_sums(params, config, tokens, is_counted, segment_ids, **options)
+    return sums.means(is_counted.sum(), tokens.shape[0])
 
 
 def counted(
@@ -141,29 +153,46 @@ def loss_sums(
     remat: Remat,
     chunk_tokens: int,
     rules: ShardingRules | None,
-) -> LossSums:
-    """What `next_token_loss` divides; for the inside of a jit."""
+    layers: tuple[int, int] | None = None,
+    x: Float[Array, "B T D"] | None = None,
+) -> tuple[Float[Array, "B T D"], LossSums]:
+    """The hidden states, and what `next_token_loss` divides; for the inside of a jit.
+
+    Args:
+      layers: the first and the end of those that `params` hold, a part of the model; None: all.
+        Such a part adds its own terms, and only the last part has a likelihood.
+      x: the hidden states before them; None embeds the tokens.
+    """
 
     def observe(routing: Routing):
-        return expert_load(routing.expert_index, config), sequence_balance(routing).sum()
+        load = expert_load(routing.expert_index, config)
+        return load, sequence_balance(routing).sum(), routing.num_dropped
 
-    trunk = bind(params if precision is None else precision.to_compute(params), config, rules)
+    narrow = params if precision is None else precision.to_compute(params)
+    trunk = bind(narrow, config, rules, layers=layers)
     tokens = jnp.asarray(tokens)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    x, observed = trunk.hidden_states(tokens, segment_ids=segment_ids, remat=remat, observe=observe)
-    load, balance = (None, jnp.zeros(())) if observed is None else observed
+    x, observed = trunk.hidden_states(
+        tokens, segment_ids=segment_ids, remat=remat, observe=observe, x=x
+    )
+    load, balance, num_dropped = (None, jnp.zeros(()), None) if observed is None else observed
+    of_layers = balance.sum(), load, None if num_dropped is None else num_dropped.sum()
+    if not trunk.is_last:
+        return x, LossSums(jnp.zeros(()), jnp.zeros(()), *of_layers)
     # The head narrows the weights as they were given, so that its gradients are summed over the
     # chunks in their dtype and not in that of the activations.
-    model = bind(params, config, rules)
+    model = bind(params, config, rules, layers=layers)
     logits_dtype = "float32" if precision is None else precision.logits
+    place = model.placement
+    devices = 1 if place is None else place.num_shards("batch") * place.num_shards("sequence")
     nll, squared_lse = _summed_over_chunks(
         lambda x: model.head(x).astype(logits_dtype).astype(jnp.float32),
         x,
         jnp.roll(tokens, -1, axis=1),
         is_counted,
-        chunk_tokens,
+        chunk_tokens * devices,
     )
-    return LossSums(nll, squared_lse, balance.sum(), load)
+    return x, LossSums(nll, squared_lse, *of_layers)
 
 
 def sequence_balance(routing: Routing) -> Float[Array, " B"]:

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jax_mla.functional import Params
+
 
 def is_first_process() -> bool:
     """Whether this is the process that writes what is written once."""
@@ -30,3 +32,26 @@ def of_first_process(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.array(number)))
+
+
+def gathered(params: Params) -> Params | None:
+    """All parameters in the host memory of the first process; None in the others.
+
+    Every device holds one layer of one leaf at a time beside its own share. With a single process,
+    the parameters as they are.
+    """
+    if jax.process_count() == 1:
+        return params
+
+    def gather(x: jax.Array) -> np.ndarray:
+        if x.ndim < 3:  # leaves with fewer axes are small, or not stacked
+            return multihost_utils.process_allgather(x, tiled=True)
+        whole = np.empty(x.shape, x.dtype) if is_first_process() else np.empty(0)
+        for layer in range(len(x)):
+            part = multihost_utils.process_allgather(x[layer], tiled=True)
+            if is_first_process():
+                whole[layer] = part
+        return whole
+
+    host = jax.tree.map(gather, params)
+    return host if is_first_process() else None

@@ -124,11 +124,12 @@ def state_shardings(
         )
     }
 
-    def place(path, x):
-        # A moment lies in a tree like that of the weights, so its path ends with its weight's.
+    def place(path, _):
+        # A moment lies in a tree like that of the weights, so its path ends with its weight's;
+        # counters and Muon's coefficients lie in none.
         names = _names(path)
         ends = (names[i:] for i in range(len(names)))
-        return everywhere if x.ndim == 0 else next(of_moments[e] for e in ends if e in of_moments)
+        return next((of_moments[end] for end in ends if end in of_moments), everywhere)
 
     return dataclasses.replace(
         placed,

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params, param_shardings
 from jax_mla.sharding import Placement, ShardingRules
-from jax_mla.training.loss import LossSums, counted, loss_sums
+from jax_mla.training.loss import LossSums, NextTokenLoss, counted, loss_sums
 from jax_mla.training.optimizer import make_optimizer
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.router_bias import update_router_bias
@@ -37,7 +37,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What a step saw. The first five as in `NextTokenLoss`; of the batch, before the update.
+    """What a step saw. Names of `NextTokenLoss` as there; of the batch, before the update.
 
     Attributes:
       grad_norm: global, before clipping.
@@ -53,6 +53,7 @@ class StepMetrics:
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     is_skipped: Bool[Array, ""]
+    num_dropped: Int[Array, ""] | None = None
 
 
 @functools.partial(
@@ -84,11 +85,10 @@ def train_step(
     check_rows(*batch.tokens.shape, recipe=recipe, mesh=mesh, rules=rules)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
     num_tokens = counted(batch.tokens, batch.segment_ids, batch.loss_mask).sum()
-    count = jnp.maximum(num_tokens, 1)
 
     def gradients_of(batch: Batch) -> tuple[Params, LossSums]:
-        def objective(params):
-            sums = loss_sums(
+        def scaled_objective(params):
+            _, sums = loss_sums(
                 params,
                 config,
                 batch.tokens,
@@ -99,11 +99,9 @@ def train_step(
                 chunk_tokens=recipe.chunk_tokens,
                 rules=None if mesh is None else rules,
             )
-            total = (sums.nll + recipe.z_loss * sums.squared_lse) / count
-            total += recipe.balance_loss * sums.balance / num_rows
-            return total * scale, sums
+            return objective(sums, recipe, num_tokens, num_rows) * scale, sums
 
-        gradients, sums = jax.grad(objective, has_aux=True)(state.params)
+        gradients, sums = jax.grad(scaled_objective, has_aux=True)(state.params)
         gradients = jax.tree.map(lambda g: g.astype(recipe.precision.reduce), gradients)
         if mesh is not None:
             placed = param_shardings(config, mesh, rules.gradients())
@@ -113,21 +111,38 @@ def train_step(
     num_rows = batch.tokens.shape[0]
     gradients, sums = _added_up(gradients_of, batch, recipe.num_micro_batches)
     gradients = jax.tree.map(lambda g, p: g.astype(p.dtype) / scale, gradients, state.params)
-    new_state, is_finite = _updated(state, gradients, sums.load, recipe)
+    is_finite = jnp.array(True) if state.loss_scale is None else all_finite(gradients)
+    new_state = updated(state, gradients, sums.load, recipe, is_finite)
     if mesh is not None:
         new_state = jax.lax.with_sharding_constraint(
             new_state, state_shardings(config, mesh, rules, recipe=recipe)
         )
-    return new_state, StepMetrics(
-        loss=sums.nll / count,
-        load=sums.load,
-        num_tokens=num_tokens,
-        z_loss=sums.squared_lse / count,
-        balance_loss=sums.balance / num_rows,
-        grad_norm=optax.tree.norm(gradients),
+    grad_norm, loss = optax.tree.norm(gradients), sums.means(num_tokens, num_rows)
+    return new_state, step_metrics(state, loss, grad_norm, is_finite, recipe)
+
+
+def step_metrics(
+    state: TrainState, loss: NextTokenLoss, grad_norm, is_finite, recipe: Recipe
+) -> StepMetrics:
+    """What is reported of a step from `state`."""
+    return StepMetrics(
+        **vars(loss),
+        grad_norm=grad_norm,
         learning_rate=jnp.asarray(recipe.rate(state.step - state.num_skipped), jnp.float32),
         is_skipped=~is_finite,
     )
+
+
+def objective(
+    sums: LossSums, recipe: Recipe, num_tokens: Int[Array, ""], num_rows: int | Array
+) -> Float[Array, ""]:
+    """What part of a batch, of which these are the sums, adds to what is minimised.
+
+    Args:
+      num_tokens, num_rows: of the whole batch; tokens whose prediction is counted.
+    """
+    total = (sums.nll + recipe.z_loss * sums.squared_lse) / jnp.maximum(num_tokens, 1)
+    return total + recipe.balance_loss * sums.balance / num_rows
 
 
 def place_batch(batch: Batch, mesh: Mesh | None, rules: ShardingRules | None = None) -> Batch:
@@ -165,18 +180,19 @@ def _added_up(gradients_of, batch: Batch, num_parts: int) -> tuple[Params, LossS
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _updated(
-    state: TrainState, gradients: Params, load, recipe: Recipe
-) -> tuple[TrainState, Bool[Array, ""]]:
-    """The next state, and whether the batch had an effect on the weights."""
+def all_finite(gradients: Params) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]).all()
+
+
+def updated(state: TrainState, gradients: Params, load, recipe: Recipe, is_finite) -> TrainState:
+    """The next state; its weights are the old ones where float16 gradients are not finite."""
     updates, opt_state = make_optimizer(recipe).update(gradients, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     if load is not None and recipe.router_bias_rate and _has_router_bias(params):
         params = update_router_bias(params, load, recipe.router_bias_rate)
     step = state.step + 1
     if state.loss_scale is None:
-        return TrainState(params, opt_state, step, state.num_skipped, None), jnp.array(True)
-    is_finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]).all()
+        return TrainState(params, opt_state, step, state.num_skipped, None)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old),
         (params, opt_state),
@@ -184,7 +200,7 @@ def _updated(
     )
     num_skipped = state.num_skipped + ~is_finite
     scale = next_loss_scale(state.loss_scale, is_finite)
-    return TrainState(params, opt_state, step, num_skipped, scale), is_finite
+    return TrainState(params, opt_state, step, num_skipped, scale)
 
 
 def next_loss_scale(scale: DynamicScale, is_finite: Bool[Array, ""]) -> DynamicScale:
@@ -221,8 +237,10 @@ def check_rows(
         ("batch", num_rows // num_parts, "rows of a micro-batch"),
         ("sequence", num_tokens, "tokens of a row"),
     ):
-        if size % (devices := place.num_shards(axis)):
+        if size % (parts := place.num_parts(axis)):
+            devices = place.num_shards(axis)
+            stripes = f"in {parts} stripes " if parts > devices else ""
             raise ValueError(
-                f"{size} {what} cannot be divided over {devices} devices of mesh axis "
+                f"{size} {what} cannot be divided {stripes}over {devices} devices of mesh axis "
                 f"{'+'.join(place.axes(axis))!r}"
             )

@@ -66,7 +66,8 @@ def flash_attention(  # pyright: ignore[reportInconsistentOverload]: the overloa
       lengths: keys at positions >= lengths[b] are never seen, and may hold NaN. A query that sees
         nothing gives out = 0, lse = -inf and no gradient.
       return_lse: also return the natural log of the sum of exponentials.
-      deterministic: gradients are bitwise reproducible. Those of both implementations always are.
+      deterministic: gradients are bitwise reproducible. Otherwise "mosaic_gpu" may sum dq in the
+        order in which blocks end, in a temporary float32 array of q's shape; "xla" never does.
       implementation: None chooses the fastest that can run here; a name insists on it.
 
     Returns:

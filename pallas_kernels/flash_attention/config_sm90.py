@@ -37,6 +37,7 @@ class Config:
     memory_registers: int = 24  # of one that loads
     heads_at_once: int = 8  # heads that the whole GPU reads at a time, so that L2 can serve them
     num_ctas: int | None = None  # None: one a multiprocessor
+    sum_columns: int = 32  # of dq, float32, that lie side by side in shared memory
 
 
 # By (K, H). NOTES.md says why.
@@ -58,6 +59,26 @@ BACKWARD_KEYS = {
     (192, 128): Config(block=64, num_stages=(3, 3)),
     (256, 256): Config(block=64, num_stages=(2, 1)),
 }
+# dq, dk and dv in one kernel; for 256/256 registers do not suffice.
+FUSED = {
+    (64, 64): Config(block=128, num_stages=(3, 3)),
+    (128, 128): Config(block=64, num_stages=(3, 3)),
+    (192, 128): Config(block=64, num_stages=(2, 2), sum_columns=16),
+}
 # dk and dv of a tile, if they fit in registers together; wider ones take a launch each.
 MAX_GRADIENT_COLUMNS = 320
 HEAD_SIZES = tuple(FORWARD)
+
+
+def is_backward_fused(problem: Problem, deterministic: bool, num_sms: int) -> bool:
+    """Whether one kernel computes all gradients, so that the bits of dq differ from run to run.
+
+    Where that is allowed, what is counted speaks for it if every multiprocessor gets a tile of
+    keys; with fewer tiles, a kernel of its own for dq keeps more of them busy. No GPU has measured
+    either: NOTES.md has the counts.
+    """
+    config = FUSED.get((problem.K, problem.H))
+    if deterministic or config is None:
+        return False
+    num_tiles = -(-problem.S // TILE) * problem.B * problem.G
+    return num_tiles >= num_sms and problem.T >= config.block

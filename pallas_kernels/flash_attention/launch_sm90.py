@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hardware, varying
-from pallas_kernels.flash_attention.config_sm90 import HEAD_SIZES, ROWS, TILE, Problem
+from pallas_kernels.flash_attention.config_sm90 import (
+    HEAD_SIZES,
+    ROWS,
+    TILE,
+    Problem,
+    is_backward_fused,
+)
 from pallas_kernels.flash_attention.work_sm90 import Masks
 
 DTYPES = ("bfloat16", "float16")
@@ -35,6 +41,7 @@ class Static:
 
     problem: Problem
     has_lengths: bool  # so that a query may see nothing
+    deterministic: bool
     num_sms: int
 
 
@@ -44,8 +51,7 @@ class Static:
 def flash_attention_sm90(
     q, k, v, *, causal, scale, segment_ids, lengths, return_lse, deterministic, num_sms=None
 ):
-    """See `flash_attention`. Every sum has a fixed order, so `deterministic` asks for nothing."""
-    del deterministic
+    """See `flash_attention`."""
     (B, T, N, K), (S, G, H) = q.shape, v.shape[1:]
     if lengths is not None:
         # Keys past the length may hold NaN, and 0 * NaN is NaN: none may reach a matmul.
@@ -54,7 +60,8 @@ def flash_attention_sm90(
     masks = _masks(B, T, S, segment_ids, lengths)
     q, k, v = _pad(q, ROWS), _pad(k, TILE), _pad(v, TILE)
     problem = Problem(B, q.shape[1], k.shape[1], N, G, K, H, causal, float(scale), offset=S - T)
-    static = Static(problem, lengths is not None, num_sms or hardware.num_sms())
+    num_sms = num_sms or hardware.num_sms()
+    static = Static(problem, lengths is not None, deterministic, num_sms)
     q, k, v, *masks = varying.align(q, k, v, *masks)
     out, lse = _attention(static, q, k, v, Masks(*masks))
     out = out[:, :T]
@@ -92,8 +99,6 @@ def _forward_with_residuals(static, q, k, v, masks):
 
 
 def _gradients(static, residuals, cotangents):
-    from pallas_kernels.flash_attention import mosaic_gpu_sm90_backward as backward
-
     q, k, v, masks, out, lse = residuals
     dout, dlse = cotangents
     # d(score) = p * (dp - delta), for sum(p * dp) = sum(dout * out) and d(lse) / d(score) = p.
@@ -108,11 +113,22 @@ def _gradients(static, residuals, cotangents):
         is_empty = jnp.swapaxes(is_empty[:, :, : dout.shape[1]], 1, 2)[..., None]
         dout = jnp.where(is_empty, 0, dout)
     stats = jnp.stack([start, -delta], 2)
-    operands = static.problem, masks, q, k, v, dout, stats
-    dq = backward.query_gradient(*operands, num_sms=static.num_sms)
-    dk, dv = backward.key_gradients(*operands, num_sms=static.num_sms)
+    dq, dk, dv = _backward(static, masks, q, k, v, dout, stats)
     dq, dk, dv = varying.align(q, dq, dk, dv)[1:]
     return dq, dk, dv, jax.tree.map(lambda _: None, masks)
+
+
+def _backward(static: Static, masks: Masks, *operands) -> tuple[jax.Array, ...]:
+    """dq, dk, dv of q, k, v, dout and stats."""
+    from pallas_kernels.flash_attention import mosaic_gpu_sm90_backward as backward
+    from pallas_kernels.flash_attention import mosaic_gpu_sm90_fused as fused
+
+    problem, num_sms = static.problem, static.num_sms
+    if is_backward_fused(problem, static.deterministic, num_sms):
+        dq, dk, dv = fused.gradients(problem, masks, *operands, num_sms=num_sms)
+        return (problem.scale * dq).astype(dk.dtype), dk, dv
+    dq = backward.query_gradient(problem, masks, *operands, num_sms=num_sms)
+    return dq, *backward.key_gradients(problem, masks, *operands, num_sms=num_sms)
 
 
 _attention = jax.custom_vjp(_forward, nondiff_argnums=(0,))

@@ -7,7 +7,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -21,6 +20,7 @@ from pallas_kernels.flash_attention.parts_sm90 import (
     for_each_block,
     for_each_tile,
     hide_keys,
+    load_keys,
     matrices,
     per_row,
     ring,
@@ -72,20 +72,12 @@ def _body(
     masks = Masks(key_ends, query_ids, key_ids)
     keys, values, turn = Ring(*keys), Ring(*values), turn.at[0]
 
-    def load_tile(tile, begin):
-        b, g = tile.b, tile.head // problem.group
-
-        def load_block(step, _):
-            block = pl.ds(tile.block(step - begin) * config.block, config.block)
-            keys.fill(step, k_gmem.at[b, block, g])
-            values.fill(step, v_gmem.at[b, block, g])
-
-        end = begin + tile.num_blocks
-        lax.fori_loop(begin, end, load_block, None)
-        return end
+    def load():
+        load_keys(problem, config, tiles, k_gmem, v_gmem, keys, values)
 
     def consume(wg):
-        def attend_tile(tile, begin):
+        def attend_tile(read_tile, begin):
+            tile = read_tile(begin)
             first_query = tile.place * TILE + wg * ROWS
             rows = tile.b, pl.ds(first_query, ROWS), tile.head
             own = q_smem.at[at_step(wg, begin)]
@@ -115,7 +107,7 @@ def _body(
         if wg == 0:
             _take_turn(turn)
 
-    return lambda: for_each_tile(tiles, load_tile), consume
+    return load, consume
 
 
 def _step(problem, step, state, q_smem, keys, values, turn, hide):

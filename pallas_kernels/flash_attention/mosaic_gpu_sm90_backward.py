@@ -36,12 +36,15 @@ from pallas_kernels.flash_attention.parts_sm90 import (
     for_each_tile,
     hide_keys,
     hide_queries,
+    load_keys,
+    load_queries,
     matrices,
     packed,
     per_column,
     per_row,
     ring,
     run_kernel,
+    store,
     zeros,
 )
 from pallas_kernels.flash_attention.work_sm90 import Masks, key_tiles, query_tiles
@@ -82,22 +85,14 @@ def _query_body(
     keys, values = Ring(*keys), Ring(*values)
     log2_scale = problem.scale * math.log2(math.e)
 
-    def load_tile(tile, begin):
-        b, g = tile.b, tile.head // problem.group
-
-        def load_block(step, _):
-            block = pl.ds(tile.block(step - begin) * config.block, config.block)
-            keys.fill(step, k_gmem.at[b, block, g])
-            values.fill(step, v_gmem.at[b, block, g])
-
-        end = begin + tile.num_blocks
-        lax.fori_loop(begin, end, load_block, None)
-        return end
+    def load():
+        load_keys(problem, config, tiles, k_gmem, v_gmem, keys, values)
 
     def consume(wg):
         full = tile_full.at[wg]
 
-        def differentiate_tile(tile, begin):
+        def differentiate_tile(read_tile, begin):
+            tile = read_tile(begin)
             own = at_step(wg, begin)
             q_tile, dout_tile = q_smem.at[own], dout_smem.at[own]
             first_query = tile.place * TILE + wg * ROWS
@@ -133,15 +128,13 @@ def _query_body(
                 return dq
 
             dq = for_each_block(tile, begin, meet, zeros((ROWS, problem.K)))
-            q_tile[...] = (problem.scale * dq).astype(q_tile.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_tile, dq_gmem.at[rows])
+            store(problem.scale * dq, q_tile, dq_gmem.at[rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             return begin + tile.num_blocks
 
         for_each_tile(tiles, differentiate_tile)
 
-    return lambda: for_each_tile(tiles, load_tile), consume
+    return load, consume
 
 
 def key_gradients(
@@ -194,86 +187,109 @@ def _key_body(
     masks = Masks(key_ends, query_ids, key_ids)
     queries, douts = Ring(*queries), Ring(*douts)
 
-    def load_tile(tile, begin):
-        def load_head(head, begin):
-            n = tile.head * problem.group + head
-
-            def load_block(step, _):
-                block = pl.ds(tile.block(step - begin) * config.block, config.block)
-                queries.fill(step, q_gmem.at[tile.b, block, n], stats_gmem.at[tile.b, n, :, block])
-                douts.fill(step, dout_gmem.at[tile.b, block, n])
-
-            end = begin + tile.num_blocks
-            lax.fori_loop(begin, end, load_block, None)
-            return end
-
-        return for_each_head(problem, load_head, begin)
+    def load():
+        load_queries(problem, config, tiles, q_gmem, dout_gmem, stats_gmem, queries, douts)
 
     def consume(wg):
-        full = tile_full.at[wg]
-
-        def differentiate_tile(tile, begin):
-            k_tile, v_tile = k_smem.at[wg], v_smem.at[wg]
-            first_key = tile.place * TILE + wg * ROWS
-            rows = tile.b, pl.ds(first_key, ROWS), tile.head
-            plgpu.copy_gmem_to_smem(k_gmem.at[rows], k_tile, full)
-            plgpu.copy_gmem_to_smem(v_gmem.at[rows], v_tile, full)
-            plgpu.barrier_wait(full)
-
-            def meet_head(head, state):
-                first_step = begin + head * tile.num_blocks
-
-                def hide(step, scores):
-                    first_query = tile.masked_block(step - first_step) * config.block
-                    return hide_queries(problem, masks, tile.b, first_query, first_key, scores)
-
-                def meet(is_masked, step, state):
-                    hider = hide if is_masked else None
-                    own = at_step(wg, step)
-                    tiles = k_smem.at[own], v_smem.at[own]
-                    return _key_step(problem, step, state, *tiles, queries, douts, hider)
-
-                return for_each_block(tile, first_step, meet, state)
+        def meet_tile(tile, begin):
+            def meet(step, _, hide, state):
+                own = at_step(wg, step)
+                tiles = k_smem.at[own], v_smem.at[own]
+                return _key_step(problem, step, state, *tiles, queries, douts, hide)
 
             # None for what another launch computes.
-            dk: Any = None if dk_gmem is None else zeros(k_tile.shape)
-            dv: Any = None if dv_gmem is None else zeros(v_tile.shape)
-            dk, dv = for_each_head(problem, meet_head, (dk, dv))
-            if dk_gmem is not None:
-                k_tile[...] = (problem.scale * dk).astype(k_tile.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(k_tile, dk_gmem.at[rows])
-            if dv_gmem is not None:
-                v_tile[...] = dv.astype(v_tile.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(v_tile, dv_gmem.at[rows])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            return begin + problem.group * tile.num_blocks
+            dk: Any = None if dk_gmem is None else zeros((ROWS, problem.K))
+            dv: Any = None if dv_gmem is None else zeros((ROWS, problem.H))
+            return meet_queries(problem, config, masks, wg, tile, begin, meet, (dk, dv))
 
-        for_each_tile(tiles, differentiate_tile)
+        inputs, outputs = (k_gmem, v_gmem), (dk_gmem, dv_gmem)
+        smems = k_smem, v_smem, tile_full
+        for_each_key_tile(problem, tiles, inputs, outputs, smems, wg, meet_tile)
 
-    return lambda: for_each_tile(tiles, load_tile), consume
+    return load, consume
+
+
+def for_each_key_tile(problem: Problem, tiles, inputs, outputs, smems, wg, meet_tile):
+    """Loads a consumer's keys and values, and stores dk and dv = meet_tile(tile, step)."""
+    *tile_smems, tile_full = smems
+
+    def differentiate_tile(read_tile, begin):
+        tile = read_tile(begin)
+        for gmem, smem in zip(inputs, tile_smems, strict=True):
+            plgpu.copy_gmem_to_smem(gmem.at[_own_keys(tile, wg)], smem.at[wg], tile_full.at[wg])
+        plgpu.barrier_wait(tile_full.at[wg])
+        dk, dv = meet_tile(tile, begin)
+        end = begin + problem.group * tile.num_blocks
+        tile = read_tile(end)
+        for value, scale, smem, gmem in zip(
+            (dk, dv), (problem.scale, 1.0), tile_smems, outputs, strict=True
+        ):
+            if value is not None:
+                store(scale * value, smem.at[wg], gmem.at[_own_keys(tile, wg)])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        return end
+
+    for_each_tile(tiles, differentiate_tile)
+
+
+def _own_keys(tile, wg):
+    return tile.b, pl.ds(tile.place * TILE + wg * ROWS, ROWS), tile.head
+
+
+def meet_queries(problem: Problem, config: Config, masks: Masks, wg, tile, begin, body, state):
+    """`state = body(step, (head, first query), hide, state)` for every block that a tile meets."""
+    first_key = tile.place * TILE + wg * ROWS
+
+    def meet_head(head, state):
+        first_step = begin + head * tile.num_blocks
+
+        def meet(step, state):
+            index = step - first_step
+            first_query = tile.block(index) * config.block
+
+            def hide_some(scores):
+                b, key = at_step(tile.b, step), at_step(first_key, step)
+                return hide_queries(problem, masks, b, first_query, key, scores)
+
+            def hide(scores):  # a loop of its own for masked blocks would cost registers
+                return lax.cond(index < tile.num_masked, hide_some, lambda x: x, scores)
+
+            place = tile.head * problem.group + head, first_query
+            return body(step, place, hide, state)
+
+        return lax.fori_loop(first_step, first_step + tile.num_blocks, meet, state)
+
+    return for_each_head(problem, meet_head, state)
+
+
+def probabilities(problem: Problem, k_tile, q_smem, start, hide) -> jax.Array:
+    """Of a block, "keys queries"; start is -lse / scale."""
+    shape = ROWS, q_smem.shape[0]
+    start = per_column(mosaic_compat.load(start, PER_COLUMN), shape)
+    (scores,) = add_products((start, k_tile, q_smem.T))
+    log2_scale = problem.scale * math.log2(math.e)
+    return packed(jnp.exp2(hide(scores) * log2_scale).astype(q_smem.dtype))
+
+
+def score_gradients(p, v_tile, dout_smem, start) -> jax.Array:
+    """Of a block, "keys queries"; start is -delta."""
+    start = per_column(mosaic_compat.load(start, PER_COLUMN), p.shape)
+    (dp,) = add_products((start, v_tile, dout_smem.T))
+    return (p.astype(jnp.float32) * dp).astype(p.dtype)
 
 
 def _key_step(problem, step, state, k_tile, v_tile, queries, douts, hide):
-    """One block of queries; scores are transposed, keys by queries."""
+    """One block of queries."""
     dk, dv = state
-    log2_scale = problem.scale * math.log2(math.e)
     queries.wait(step)
     q_smem, stats = (smem.at[queries.slot(step)] for smem in queries.smems)
-    shape = ROWS, q_smem.shape[0]
-    lse = per_column(mosaic_compat.load(stats.at[0], PER_COLUMN), shape)
-    (scores,) = add_products((lse, k_tile, q_smem.T))
-    scores = hide(step, scores) if hide else scores
-    p = packed(jnp.exp2(scores * log2_scale).astype(q_smem.dtype))
+    p = probabilities(problem, k_tile, q_smem, stats.at[0], hide)
     douts.wait(step)
     dout_smem = douts.smems[0].at[douts.slot(step)]
     if dk is None:
         (dv,) = add_products((dv, p, dout_smem))
     else:
-        delta = per_column(mosaic_compat.load(stats.at[1], PER_COLUMN), shape)
-        (dp,) = add_products((delta, v_tile, dout_smem.T))
-        ds = (p.astype(jnp.float32) * dp).astype(q_smem.dtype)
+        ds = score_gradients(p, v_tile, dout_smem, stats.at[1])
         if dv is None:
             (dk,) = add_products((dk, ds, q_smem))
         else:

@@ -20,9 +20,10 @@ Accumulator = plgpu.WGMMAAccumulatorRef
 NUM_CONSUMERS = 2
 
 
-def matrices(shape, dtype):
-    """Shared memory for matrices that wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=mosaic_compat.matmul_tiles(shape[-1], dtype))
+def matrices(shape, dtype, columns=None):
+    """Shared memory for matrices that wgmma reads, `columns` of them at a time (None: all)."""
+    width = columns or shape[-1]
+    return plgpu.SMEM(shape, dtype, transforms=mosaic_compat.matmul_tiles(width, dtype))
 
 
 def ring(num_stages, *smems):
@@ -66,8 +67,11 @@ class Ring:
         plgpu.barrier_arrive(self.free.at[self.slot(step)])
 
 
-def run_kernel(body, name, *, out_type, num_ctas, config: Config, scratch_types):
-    """`plgpu.kernel` whose body is a pair: what loads, and what each consumer does."""
+def run_kernel(body, name, *, out_type, num_ctas, config: Config, scratch_types, sum_type=None):
+    """`plgpu.kernel` whose body is a pair: what loads, and what each consumer does.
+
+    With `sum_type`, one more result comes first: a sum that starts from zeros.
+    """
 
     def kernel(*refs, **scratch):
         load, consume = body(*refs, **scratch)
@@ -85,7 +89,10 @@ def run_kernel(body, name, *, out_type, num_ctas, config: Config, scratch_types)
                 plgpu.set_max_registers(config.registers, action="increase")
                 consume(consumer)
 
-    return plgpu.kernel(
+    launch: Any = plgpu.kernel
+    if sum_type is not None:
+        launch = functools.partial(mosaic_compat.summing_kernel, sum_type=sum_type)
+    return launch(
         kernel,
         out_type=out_type,
         grid=(num_ctas,),
@@ -99,16 +106,73 @@ def run_kernel(body, name, *, out_type, num_ctas, config: Config, scratch_types)
 
 
 def for_each_tile(tiles_gmem, body):
-    """`step = body(tile, step)` for this CTA's tiles, with step 0 for the first."""
+    """`step = body(read_tile, step)` for this CTA's tiles, with step 0 for the first.
+
+    read_tile(step) may be called again behind a loop, in which fields would occupy registers.
+    """
     cta, num_ctas = lax.axis_index("cta"), lax.axis_size("cta")
     num_turns = (tiles_gmem.shape[0] - cta + num_ctas - 1) // num_ctas
 
     def visit(turn, step):
-        index = turn * num_ctas + cta
-        tile = Tile(*(tiles_gmem[index, field] for field in range(len(Tile._fields))))
-        return body(tile, step)
+        def read_tile(step):
+            index = at_step(turn * num_ctas + cta, step)
+            return Tile(*(tiles_gmem[index, field] for field in range(len(Tile._fields))))
+
+        return body(read_tile, step)
 
     lax.fori_loop(0, num_turns, visit, jnp.int32(0))
+
+
+def load_keys(problem: Problem, config: Config, tiles, k_gmem, v_gmem, keys: Ring, values: Ring):
+    """Fills the rings with the blocks of keys and values that the tiles of queries meet."""
+
+    def load_tile(read_tile, begin):
+        tile = read_tile(begin)
+        b, g = tile.b, tile.head // problem.group
+
+        def load_block(step, _):
+            block = pl.ds(tile.block(step - begin) * config.block, config.block)
+            keys.fill(step, k_gmem.at[b, block, g])
+            values.fill(step, v_gmem.at[b, block, g])
+
+        end = begin + tile.num_blocks
+        lax.fori_loop(begin, end, load_block, None)
+        return end
+
+    for_each_tile(tiles, load_tile)
+
+
+def load_queries(
+    problem: Problem, config: Config, tiles, q_gmem, dout_gmem, stats_gmem, queries: Ring,
+    douts: Ring,
+):  # fmt: skip
+    """Fills the rings with the blocks of queries and cotangents that the tiles of keys meet."""
+
+    def load_tile(read_tile, begin):
+        tile = read_tile(begin)
+
+        def load_head(head, begin):
+            n = tile.head * problem.group + head
+
+            def load_block(step, _):
+                block = pl.ds(tile.block(step - begin) * config.block, config.block)
+                queries.fill(step, q_gmem.at[tile.b, block, n], stats_gmem.at[tile.b, n, :, block])
+                douts.fill(step, dout_gmem.at[tile.b, block, n])
+
+            end = begin + tile.num_blocks
+            lax.fori_loop(begin, end, load_block, None)
+            return end
+
+        return for_each_head(problem, load_head, begin)
+
+    for_each_tile(tiles, load_tile)
+
+
+def store(value, smem, gmem):
+    """Stores through `smem`, which may be overwritten after wait_smem_to_gmem."""
+    smem[...] = value.astype(smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem, gmem)
 
 
 def for_each_block(tile: Tile, begin, body, carry):
@@ -118,7 +182,7 @@ def for_each_block(tile: Tile, begin, body, carry):
     return lax.fori_loop(middle, end, functools.partial(body, False), carry)
 
 
-def at_step(index: int, step):
+def at_step(index: jax.Array | int, step):
     """`index` as a value of the step, so that addresses made of it are not computed in front of the
     loop, from where they would occupy registers."""
     return index + lax.shift_right_logical(step, jnp.int32(31))  # + 0
@@ -180,9 +244,9 @@ def hide_queries(problem: Problem, masks: Masks, b, first_query, first_key, scor
     scores = _hide_other_segments(scores, masks.key_ids, masks.query_ids, b, first_key, first_query)
     key = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=PER_ROW)
     # The first query of the block that sees a key: none if the key is hidden from all.
-    first = key + (first_key - problem.offset - first_query) if problem.causal else -key
-    num_seen = jnp.broadcast_to(masks.key_ends[b] - first_key, shape[:1])
-    first = jnp.where(key < num_seen, first, jnp.broadcast_to(jnp.int32(shape[1]), shape[:1]))
+    first = key + (first_key - problem.offset - first_query) if problem.causal else 0 * key
+    num_seen = masks.key_ends[b] - first_key
+    first = jnp.where(key < num_seen, first, shape[1])
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
     return jnp.where(column >= per_row(first, shape), scores, -jnp.inf)
 

@@ -26,11 +26,13 @@ class Workload:
     causal: bool = True
     is_backward: bool = False
     num_documents: int = 1
+    deterministic: bool = False
     dtype: str = "bfloat16"
 
     @property
     def name(self) -> str:
         direction = "backward" if self.is_backward else "forward"
+        direction += "-deterministic" if self.deterministic else ""
         mask = "causal" if self.causal else "full"
         packed = f"-packed{self.num_documents}" if self.num_documents > 1 else ""
         sizes = f"B{self.B}-S{self.S}{packed}-N{self.N}-G{self.G}-K{self.K}-H{self.H}"
@@ -73,7 +75,13 @@ class Workload:
             ids = np.repeat(np.arange(self.num_documents, dtype=np.int32), self.document_lengths())
             segment_ids = jnp.broadcast_to(ids, (self.B, self.S))
         return flash_attention(
-            q, k, v, causal=self.causal, segment_ids=segment_ids, implementation=implementation
+            q,
+            k,
+            v,
+            causal=self.causal,
+            segment_ids=segment_ids,
+            deterministic=self.deterministic,
+            implementation=implementation,
         )
 
     @property
@@ -97,6 +105,12 @@ def _sizes(S: int, **options) -> Workload:
     return Workload(B=max(1, 16384 // S), S=S, H=128, **options)
 
 
+# Gradients that are the same bits every time, beside those that need not be.
+DETERMINISTIC = [
+    _sizes(S, N=16, G=16, K=K, causal=causal, is_backward=True, deterministic=True)
+    for K in (192, 128)
+    for causal, S in ((True, 4096), (True, 16384), (False, 16384))
+]
 WORKLOADS = [
     _sizes(S, N=N, G=N, K=K, causal=causal, is_backward=is_backward)
     for is_backward in (False, True)
@@ -108,9 +122,10 @@ WORKLOADS = [
     _sizes(32768, N=16, G=16, K=192, num_documents=16, is_backward=is_backward)
     for is_backward in (False, True)
 ]
+WORKLOADS += DETERMINISTIC
 SMOKE = [
-    _sizes(16384, N=16, G=16, K=K, is_backward=is_backward)
-    for is_backward in (False, True)
+    _sizes(16384, N=16, G=16, K=K, is_backward=is_backward, deterministic=deterministic)
+    for is_backward, deterministic in ((False, False), (True, False), (True, True))
     for K in (192, 128)
 ]
 QUICK = [

@@ -23,7 +23,7 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 
 
 # These compile for eight devices: about half a minute each.
-SLOW = ("pmap", "sharding")
+SLOW = ("pipeline", "pmap", "sharding")
 
 
 @pytest.mark.parametrize(

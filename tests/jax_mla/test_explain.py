@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 
 import jax_mla
 from jax_mla import rules
@@ -81,14 +82,47 @@ def test_zero3_gathers_every_split_parameter_once():
     assert sent == pytest.approx(7 / 8 * gathered, rel=0.05)
 
 
-def test_expert_parallel_sends_tokens_and_no_weights():
-    rows = collectives(rules.dp_attention_ep(), expert=8)
+@pytest.mark.parametrize("capacity", [None, 0.75], ids=["dropless", "capacity"])
+def test_expert_parallel_sends_tokens_and_no_weights(capacity):
+    recipe = dataclasses.replace(rules.dp_attention_ep(), expert_capacity=capacity)
+    rows = collectives(recipe, expert=8)
     assert {row.kind for row in rows} == {"all-to-all"}
     there_and_back = 2 * MOE_LAYERS
     room = 8 * T * min(CONFIG.num_experts_per_tok, CONFIG.n_routed_experts // 8)
+    if capacity is not None:  # of the mean, for each of 8 devices
+        room = 8 * capacity * T * CONFIG.num_experts_per_tok / 8
     floats = there_and_back * 7 / 8 * room * D * 4
     indices = MOE_LAYERS * 7 / 8 * room * 4
     assert sum(row.bytes_per_device for row in rows) == floats + indices
+
+
+def test_context_parallel_gathers_latents_and_puts_tokens_in_order():
+    rows = collectives(rules.context_parallel(), sequence=4)
+    sent = {(row.kind, row.calls): row.bytes_per_device for row in rows}
+    T_own = T // 4
+    assert sent == {
+        ("all-gather", LAYERS): LAYERS * 3 / 4 * B * T * CONFIG.cache_row_dim * 4,
+        ("collective-permute", 4): 4 * B * T_own / 2 * 4,  # tokens and positions, in two halves
+        ("collective-permute", 2): B * T_own * D * 4,  # the last layer's output
+    }
+
+
+def test_decoding_from_a_split_cache_sends_outputs_only():
+    recipe = rules.context_parallel()
+    mesh = jax_mla.make_mesh(sequence=4)
+    cache = jax.eval_shape(
+        lambda: jax_mla.LatentCache.empty(CONFIG, B, 64, page_size=8, num_shares=4)
+    )
+    pages = NamedSharding(mesh, recipe.spec((None, ("context", "batch"), None, None)))
+    pages = jax.ShapeDtypeStruct(cache.pages.shape, cache.pages.dtype, sharding=pages)
+    cache = dataclasses.replace(cache, pages=pages)
+    token = jnp.zeros(B, jnp.int32)
+    step = jax.jit(lambda p, c: jax_mla.decode_step(p, CONFIG, token, c, rules=recipe))
+    rows, _ = jax_mla.explain_collectives(step.lower(shapes(recipe, sequence=4), cache).compile())
+    assert {row.kind for row in rows} == {"all-reduce"}
+    # Of each head the weighted latent and its weight, and before them the largest lse.
+    numbers = CONFIG.num_attention_heads * (CONFIG.kv_lora_rank + 1 + 1)
+    assert sum(row.bytes_per_device for row in rows) == LAYERS * 2 * 3 / 4 * B * numbers * 4
 
 
 def test_arrays_on_no_mesh_are_refused():
@@ -110,3 +144,24 @@ def test_groups_are_read_in_every_spelling(groups, size):
     from jax_mla.explain import _group_size
 
     assert _group_size(f"%x = f32[2] all-reduce(%y), {groups}, to_apply=%add") == size
+
+
+@pytest.mark.parametrize(
+    ("line", "arrays"),
+    [
+        ("%x = (f32[8], s32[2]) all-reduce(%a, %b), to_apply=%add", "f32[8] s32[2]"),
+        ("%x = ((f32[2]), f32[8]) all-gather-start(%a), dimensions={0}", "f32[8]"),
+        (
+            "%x = ((f32[2]{0}, s32[1]{0}), (f32[8]{0}, s32[4]{0})) all-gather-start(%a, %b)",
+            "f32[8] s32[4]",
+        ),
+        ("%x = f32[8] all-reduce-start(%a), to_apply=%add", "f32[8]"),
+        ("%x = (f32[8], f32[8], u32[], u32[]) collective-permute-start(%a)", "f32[8]"),
+    ],
+    ids=["at once", "one", "two", "nothing given", "permute"],
+)
+def test_of_what_is_started_the_results_count(line, arrays):
+    from jax_mla.explain import _KIND, _results
+
+    found = _results(_KIND.search(line)[1], line)
+    assert " ".join(f"{dtype}[{dims}]" for dtype, dims in found) == arrays

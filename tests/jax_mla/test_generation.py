@@ -175,6 +175,7 @@ def test_works_inside_jit(params, prompts, greedy):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 2**31}, "need a cache of 2147483656, positions end at 2147483647"),
         ({"temperature": -1.0}, "temperature must be a number of at least 0, got -1.0"),
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"temperature": float("nan")}, "temperature must be a number of at least 0, got nan"),

@@ -205,13 +205,20 @@ def compile_sm90a(function, *shapes) -> CompiledProgram:
 
 
 @functools.cache
-def _h200_mesh():
+def h200_devices(count: int, *, hosts: int = 1) -> list[jax.Device]:
+    """H200s that no machine has, for meshes of programs that are compiled and never run."""
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
-        "h200", platform="cuda", target_config=H200, topology="1x1x1"
+        "h200", platform="cuda", target_config=H200, topology=f"1x{hosts}x{count // hosts}"
     )
-    return topologies.make_mesh(topology, (1,), ("x",))
+    return list(topology.devices)
+
+
+@functools.cache
+def _h200_mesh():
+    axis_types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((1,), ("x",), axis_types=axis_types, devices=h200_devices(1))
 
 
 def _find(tool: str) -> str | None:

@@ -93,6 +93,65 @@ def test_predicated_store(plgpu, a, b, stored):
     np.testing.assert_array_equal(run_simulated(kernel, a, b), 2.0 if stored else 1.0)
 
 
+def addition(plgpu, pl, *, op="add", is_ordered=True, commits=True, waits=True):
+    """Two warpgroups add ones and then twos to what one of them set to zero; bugs on demand."""
+
+    def kernel(total_gmem, smem, zeroed):
+        warpgroup = lax.axis_index("warpgroup")
+        ones = smem.at[warpgroup]
+
+        def store(value, **options):
+            ones[...] = jnp.full((M, M), value, jnp.float32)
+            if commits:
+                plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(ones, total_gmem, **options)
+
+        @pl.when(warpgroup == 0)
+        def _():
+            store(0.0)
+            plgpu.wait_smem_to_gmem(0)
+            plgpu.barrier_arrive(zeroed.at[0])
+
+        if is_ordered:
+            plgpu.barrier_wait(zeroed.at[0])
+        store(1.0, reduction_op=op)
+        if waits:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        store(2.0, reduction_op=op)
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((M, M), jnp.float32),
+        num_threads=2,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((2, M, M), jnp.float32), plgpu.Barrier(num_barriers=1)],
+    )
+
+
+def test_sums_in_memory_do_not_race_with_each_other(plgpu, pl):
+    np.testing.assert_array_equal(run_simulated(addition(plgpu, pl)), 6.0)
+
+
+@pytest.mark.parametrize(
+    "bug, message",
+    [
+        ({"is_ordered": False}, "(write|reduction) of .*\n.*(write|reduction) of "),
+        ({"commits": False}, "read of "),
+        ({"waits": False}, "read of "),
+    ],
+    ids=["zeros-while-adding", "no-commit_smem", "source-overwritten"],
+)
+def test_sum_in_memory_that_races(plgpu, pl, bug, message):
+    with pytest.raises(RaceError, match=message):
+        run_simulated(addition(plgpu, pl, **bug))
+
+
+def test_other_reductions_in_memory_are_refused(plgpu, pl):
+    with pytest.raises(NotImplementedError, match="smax of float32 in memory"):
+        run_simulated(addition(plgpu, pl, op="smax"))
+
+
 def test_wgmma_operand_written_without_commit_smem_is_a_race(plgpu, pl, a, b):
     def body(a_gmem, b_gmem, out_gmem, b_smem, loaded, a_smem):
         a_smem[...] = a_gmem[...]

@@ -18,10 +18,12 @@ from pallas_kernels.flash_attention.config_sm90 import (
     BACKWARD_KEYS,
     BACKWARD_QUERIES,
     FORWARD,
+    FUSED,
     HEAD_SIZES,
     TILE,
     Config,
     Problem,
+    is_backward_fused,
 )
 from pallas_kernels.flash_attention.launch_sm90 import _masks, flash_attention_sm90
 from pallas_kernels.flash_attention.reference import flash_attention_reference
@@ -29,7 +31,10 @@ from pallas_kernels.flash_attention.work_sm90 import Tile, key_tiles, query_tile
 
 NUM_SMS = 132
 KERNELS = ("flash_attention_forward", "flash_attention_dq", "flash_attention_dk_dv")
+# JAX 0.10 does not tell the compiler the name of a kernel with a sum.
+FUSED_KERNEL = "flash_attention_backward" if jax.__version_info__ >= (0, 11) else "new_body"
 HEADS = [f"{K}/{H}" for K, H in HEAD_SIZES]
+MODES = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fused"])
 
 # B, T, S, N, G, K, H, dtype, options, number of CTAs; what a name says is what the case adds
 CASES = {
@@ -42,6 +47,11 @@ CASES = {
     "all-masks-256/256": (
         1, 64, 192, 1, 1, 256, 256, "bfloat16", {"segment_ids": 2, "lengths": [180]}, NUM_SMS,
     ),
+    "fused-causal-odd-persistent": (1, 133, 133, 1, 1, 64, 64, "bfloat16", {}, 1),
+    "fused-all-masks-T<S-gqa-192/128": (
+        2, 70, 200, 2, 1, 192, 128, "bfloat16", {"segment_ids": 2, "lengths": [190, 0]}, 2,
+    ),
+    "fused-full-T>S-float16": (1, 200, 130, 1, 1, 128, 128, "float16", {"causal": False}, 2),
 }  # fmt: skip
 
 
@@ -55,6 +65,7 @@ def case(rng, name):
     *sizes, dtype, options, num_ctas = CASES[name]
     B, _, S = sizes[:3]
     options = {"causal": True, "scale": 0.11, "segment_ids": None, "lengths": None} | options
+    options["deterministic"] = not name.startswith("fused")
     if options["segment_ids"]:
         ids = rng.integers(0, options["segment_ids"], (B, S))
         options["segment_ids"] = np.sort(ids, axis=1).astype(np.int32)
@@ -67,7 +78,7 @@ def everything(attend, q, k, v, dout):
     """out, lse, dq, dk, dv; the gradients through out and through lse."""
 
     def both(q, k, v):
-        return attend(q, k, v, return_lse=True, deterministic=False)
+        return attend(q, k, v, return_lse=True)
 
     (out, lse), transpose = jax.vjp(both, q, k, v)
     dlse = jnp.sin(jnp.where(lse == -jnp.inf, jnp.nan, lse))  # NaN where a caller's log makes it
@@ -180,13 +191,15 @@ def shapes(K, H, *, B=1, T=4096, S=4096, N=16, G=16, dtype="bfloat16"):
     return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
 
 
-def with_masks(causal=True, num_sms=NUM_SMS):
+def with_masks(deterministic=True):
     """A function of q, k, v, dout, segment_ids and lengths, either of them None."""
+    options = {"causal": True, "scale": 0.1, "deterministic": deterministic}
+    options["num_sms"] = NUM_SMS if deterministic else 1  # few enough for the tiles of any shape
 
     def run(q, k, v, dout, segment_ids=None, lengths=None):
         masks = {"segment_ids": segment_ids, "lengths": lengths}
-        attend = functools.partial(flash_attention_sm90, causal=causal, scale=0.1, num_sms=num_sms)
-        return everything(functools.partial(attend, **masks), q, k, v, dout)
+        attend = functools.partial(flash_attention_sm90, **options, **masks)
+        return everything(attend, q, k, v, dout)
 
     return run
 
@@ -195,23 +208,41 @@ def masks(B, S):
     return jax.ShapeDtypeStruct((B, S), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
 
 
+@MODES
 @pytest.mark.parametrize("K, H", HEAD_SIZES, ids=HEADS)
-def test_lowers_for_cuda(K, H):
+def test_lowers_for_cuda(K, H, deterministic):
     """Layouts, TMA limits and shared memory, on every supported JAX."""
-    text = lower_for_cuda(with_masks(), *shapes(K, H, B=2, T=133, S=261, G=4), *masks(2, 261))
-    assert "flash_attention_forward" in text and "flash_attention_dq" in text
+    arrays = *shapes(K, H, B=2, T=133, S=261, G=4), *masks(2, 261)
+    text = lower_for_cuda(with_masks(deterministic), *arrays)
+    is_fused = not deterministic and (K, H) in FUSED
+    assert "flash_attention_forward" in text
+    assert ("flash_attention_dq" in text) != is_fused
+    assert (FUSED_KERNEL in text) == is_fused
 
 
-def test_lowers_under_vmap_and_shard_map():
-    grad = with_masks()
+@MODES
+def test_lowers_under_vmap_and_shard_map(deterministic):
+    grad = with_masks(deterministic)
     arrays = shapes(64, 64, B=8, T=256, S=256, N=2, G=2)
     batched = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in arrays]
     texts = [lower_for_cuda(jax.vmap(grad), *batched)]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     specs = {"in_specs": (P("data"),) * 4, "out_specs": (P("data"),) * 5}
     texts.append(lower_for_cuda(jax.shard_map(grad, mesh=mesh, **specs), *arrays))
-    for kernel in KERNELS:
+    for kernel in KERNELS if deterministic else (KERNELS[0], FUSED_KERNEL):
         assert all(kernel in text for text in texts)
+
+
+def test_gradients_are_fused_where_tiles_of_keys_suffice():
+    def is_fused(*, S=2112, T=2112, K=192, H=128, deterministic=False):
+        problem = Problem(2, T, S, 16, 4, K, H, True, 0.1, offset=S - T)
+        return is_backward_fused(problem, deterministic, num_sms=132)
+
+    assert is_fused() and is_fused(K=128) and is_fused(K=64, H=64)
+    assert not is_fused(deterministic=True)
+    assert not is_fused(K=256, H=256)
+    assert is_fused(S=2049) and not is_fused(S=2048)  # 136 and 128 tiles
+    assert is_fused(T=64) and not is_fused(T=64, K=64, H=64)  # whose blocks are 128 queries
 
 
 def test_named_implementation_is_used(monkeypatch):
@@ -274,6 +305,36 @@ def test_compiles_for_hopper(K, H, is_masked):
     }
 
 
+def fused_gradients(causal=True):
+    """A function of q, k, v, dout, stats, segment_ids and lengths, without the forward pass."""
+    from pallas_kernels.flash_attention.mosaic_gpu_sm90_fused import gradients
+
+    def run(q, k, v, dout, stats, segment_ids=None, lengths=None):
+        (B, T, N, K), (S, G, H) = q.shape, v.shape[1:]
+        problem = Problem(B, T, S, N, G, K, H, causal, 0.1, offset=S - T)
+        masks = _masks(B, T, S, segment_ids, lengths)
+        return gradients(problem, masks, q, k, v, dout, stats, num_sms=NUM_SMS)
+
+    return run
+
+
+@pytest.mark.kernel_aot
+@pytest.mark.parametrize("is_masked", [False, True], ids=["causal", "full-segments-lengths"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("K, H", FUSED, ids=[f"{K}/{H}" for K, H in FUSED])
+def test_fused_gradients_compile_for_hopper(K, H, dtype, is_masked):
+    """No spills, no serialised wgmma, and five matmuls."""
+    G = 4 if is_masked and dtype == "bfloat16" else 16
+    arrays = *shapes(K, H, G=G, dtype=dtype), jax.ShapeDtypeStruct((1, 16, 2, 4096), jnp.float32)
+    arrays += masks(1, 4096) if is_masked else ()
+    (kernel,) = compile_sm90a(fused_gradients(not is_masked), *arrays).kernels
+    kernel.check()
+    assert not kernel.injected
+    loop = kernel.loop("HGMMA")
+    assert tensor_clocks(loop) == FUSED[K, H].block * (3 * K + 2 * H) // 32
+    assert loop.of("UTMAREDG") == 1
+
+
 @pytest.mark.kernel_aot
 def test_float16_compiles_for_hopper():
     kernels = compile_sm90a(with_masks(), *shapes(192, 128, dtype="float16")).kernels
@@ -282,18 +343,21 @@ def test_float16_compiles_for_hopper():
         kernel.check()
 
 
+@MODES
 @pytest.mark.kernel_aot
-def test_memory_grows_with_the_length():
+def test_memory_grows_with_the_length(deterministic):
     """At 32k tokens the scores of one head would be 2 GB in bfloat16."""
 
     def run(q, k, v, dout):
-        return with_masks()(q, k, v, dout)[2:]
+        return with_masks(deterministic)(q, k, v, dout)[2:]
 
     half, whole = (
         compile_sm90a(run, *shapes(192, 128, T=T, S=T)).temp_bytes for T in (16384, 32768)
     )
     assert whole < 2.2 * half
-    assert whole < 3 * 16 * 32768 * (2 * 128 + 8)  # out, its gradient, lse and what is made of it
+    size = 3 * (2 * 128 + 8)  # out, its gradient, lse and what is made of it
+    size += 0 if deterministic else 4 * 192  # the sum of dq
+    assert whole < 16 * 32768 * size
 
 
 @pytest.mark.gpu
@@ -308,16 +372,21 @@ def test_small_cases_on_a_gpu(rng, name):
 
 
 @pytest.mark.gpu
+@MODES
 @pytest.mark.parametrize("S", [1024, 4096, 16384])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("G", [8, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("K, H", HEAD_SIZES, ids=HEADS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_gradients_equal_xla_on_a_gpu(rng, dtype, K, H, G, causal, S):
+def test_gradients_equal_xla_on_a_gpu(rng, dtype, K, H, G, causal, S, deterministic):
+    problem = Problem(1, S, S, 8, G, K, H, causal, 0.1, offset=0)
+    if not deterministic and not is_backward_fused(problem, False, hardware.num_sms()):
+        pytest.skip("is deterministic in any case")
     arrays = inputs(rng, 1, S, S, 8, G, K, H, dtype)
 
     def attend(implementation, q, k, v, **options):
-        return flash_attention(q, k, v, causal=causal, implementation=implementation, **options)
+        options |= {"causal": causal, "deterministic": deterministic}
+        return flash_attention(q, k, v, implementation=implementation, **options)
 
     run = jax.jit(everything, static_argnums=0)
     got = run(functools.partial(attend, "mosaic_gpu"), *arrays)
@@ -326,16 +395,18 @@ def test_gradients_equal_xla_on_a_gpu(rng, dtype, K, H, G, causal, S):
     assert_as_accurate_as_xla(got, xla, want)
 
 
+@MODES
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("K, H", [(128, 128), (192, 128)], ids=["128/128", "192/128"])
-def test_gradients_equal_cudnn(rng, K, H, causal):
+def test_gradients_equal_cudnn(rng, K, H, causal, deterministic):
     q, k, v, dout = inputs(rng, 2, 4096, 4096, 8, 8, K, H, "bfloat16")
 
     def cudnn(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
 
-    ours = functools.partial(flash_attention, causal=causal, implementation="mosaic_gpu")
+    options = {"causal": causal, "deterministic": deterministic}
+    ours = functools.partial(flash_attention, **options, implementation="mosaic_gpu")
     for got, want in zip(
         jax.vjp(ours, q, k, v)[1](dout), jax.vjp(cudnn, q, k, v)[1](dout), strict=True
     ):

@@ -54,6 +54,29 @@ def test_prompts_of_a_batch_do_not_depend_on_each_other(generate):
         assert alone == [one]
 
 
+def test_a_mesh_writes_the_same_text(generate):
+    words = ["--prompt", "Moses", "--prompt", "A", "--json"]
+    alone = json.loads(generate(*words))["completions"]
+    layout = ["--mesh", "data=2,tensor=2", "--rules", "tensor_parallel"]
+    assert json.loads(generate(*words, *layout))["completions"] == alone
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rules ddp", "--rules ddp splits over a mesh, and there is no --mesh"),
+        ("--mesh data=2", "cannot be split over 2 devices of mesh axis 'data'"),
+        ("--mesh tensor=3", "cannot be split over 3 devices of mesh axis 'tensor'"),
+    ],
+    ids=["rules", "prompts", "weights"],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(words, message, folder, capsys):
+    argv = ["generate", "--model", str(folder), "--prompt", "a", *words.split()]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
 def test_json_schema(generate):
     found = json.loads(generate("--prompt", "Möse", "--json"))
     assert set(found) == {"completions", "seconds"}

@@ -1,7 +1,9 @@
 """`jax-mla train` in this process: what it writes, prints and refuses."""
 
+import inspect
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 
 import jax_mla
+from jax_mla.cli import layout
+from jax_mla.cli.layout import mesh_axes
 from jax_mla.cli.main import main
-from jax_mla.cli.train import Signals, mesh_axes
+from jax_mla.cli.train import Signals
 from jax_mla.training.flops import flops_per_token
 
 
@@ -53,6 +57,12 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(small, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == "resuming after step 3\n" and "finished after step 3" in out
 
+    shutil.rmtree(summary["model"])
+    assert main([*small, "--resume", "--export-dtype", "bfloat16"]) == 0
+    narrow, config = jax_mla.load(summary["model"])
+    assert config.dtype == "bfloat16"
+    np.testing.assert_array_equal(narrow["lm_head"], params["lm_head"].astype("bfloat16"))
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -78,6 +88,11 @@ def test_bad_mesh_axes_are_refused(small, capsys, word):
     with pytest.raises(SystemExit, match="2"):
         main([*small, "--mesh", word])
     assert "data" in capsys.readouterr().err
+
+
+def test_rules_are_those_that_are_published():
+    published = {n for n, v in vars(jax_mla.rules).items() if inspect.isfunction(v)}
+    assert set(layout.RULES) == published
 
 
 def test_mesh_axes():

@@ -1,5 +1,6 @@
 """Real processes that are killed: the run that goes on ends in the same bits."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,34 +8,46 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+
+from jax_mla.cli.main import main
 
 NUM_STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory, config):
-    """`jax-mla train` of the smallest model, saving every step; what it compiles is kept."""
-    folder = tmp_path_factory.mktemp("command")
+def train_words(folder, out):
+    """`jax-mla train` that saves every step."""
+    return f"""train --config {folder}/config.json --data {folder}/text.txt --steps {NUM_STEPS}
+        --batch 2 --seq 17 --lr 0.01 --dtype float32 --save-every 1 --keep 2 --resume
+        --out {out}""".split()
+
+
+def starter(folder, config):
+    """A function that starts such a run as a process; what is compiled is kept."""
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
     (folder / "text.txt").write_text("in the beginning was the word. " * 40)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
     }
 
     def start(out):
-        words = f"""-m jax_mla train --config {folder}/config.json --data {folder}/text.txt
-            --steps {NUM_STEPS} --batch 2 --seq 17 --lr 0.01 --dtype float32 --save-every 1
-            --keep 2 --resume --out {out}"""
         return subprocess.Popen(
-            [sys.executable, *words.split()], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "jax_mla", *train_words(folder, out)], env=environment,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     return start
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, config):
+    """Of the smallest model that has every part."""
+    return starter(tmp_path_factory.mktemp("command"), config)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +86,18 @@ def assert_same_run(out, wanted):
         losses.append([(row["step"], row["loss"], row["grad_norm"]) for row in rows])
     assert losses[0] == losses[1] and [row[0] for row in losses[0]] == [*range(1, NUM_STEPS + 1)]
     assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_three_kills_of_one_run(tmp_path, config, rng):
+    """A model of one dense layer, killed while it trains and saves; this process ends the run."""
+    command = starter(tmp_path, dataclasses.replace(config, num_hidden_layers=1))
+    assert main(train_words(tmp_path, tmp_path / "whole")) == 0
+    for step in (2, 5, 8):
+        process = command(tmp_path / "run")
+        code, *_ = interrupt(process, signal.SIGKILL, step, rng.uniform(0, 0.02))
+        assert code in (-signal.SIGKILL, 0)  # 0: it was faster than the signal
+    assert main(train_words(tmp_path, tmp_path / "run")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow

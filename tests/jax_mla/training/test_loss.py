@@ -201,6 +201,10 @@ def test_what_cannot_be_is_refused(params, config):
         next_token_loss(params, config, jnp.zeros((4, 1), jnp.int32))
     with pytest.raises(ValueError, match=r"loss_mask has shape \(2, 3\), tokens have \(2, 4\)"):
         next_token_loss(params, config, tokens, loss_mask=jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="loss_mask must be true or false, got dtype float32"):
+        next_token_loss(params, config, tokens, loss_mask=jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="segment_ids must be integers, got dtype float32"):
+        next_token_loss(params, config, tokens, segment_ids=jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="chunk_tokens must be at least 1, got 0"):
         next_token_loss(params, config, tokens, chunk_tokens=0)
     with pytest.raises(ValueError, match="remat 'some' is not one of none, full, dots"):

@@ -1,73 +1,239 @@
-"""Two real processes that train one model and write one checkpoint."""
+"""Two real processes, joined by gloo: the command line trains and generates as one process does."""
 
+import contextlib
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from jax.tree_util import keystr
 from numerics import assert_close
 
+import jax_mla
 from jax_mla.cli.main import main
+from jax_mla.training import Checkpoints, Recipe, abstract_state
 
-MAIN = """
-import sys, jax
-jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-from jax_mla.cli.main import main
-sys.exit(main(sys.argv[3:]))
-"""
+KEEP_ALL = "--save-every 1 --keep 20".split()
+LAYOUTS = {
+    "ddp": "--mesh data=8 --rules ddp",
+    "zero3": "--mesh data=4,fsdp=2 --rules zero3",
+    "data x tensor x expert": "--mesh data=2,tensor=2,expert=2 --rules tensor_parallel",
+}
 
 
-@pytest.fixture
-def words(tmp_path, config):
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
-    (tmp_path / "text.txt").write_text("in the beginning was the word. " * 40)
-    words = f"train --config {tmp_path}/config.json --data {tmp_path}/text.txt --steps 6"
-    return f"{words} --batch 4 --seq 17 --lr 0.01 --dtype float32 --json".split()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, config):
+    """A config, a text, and a place for what is compiled."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "text.txt").write_text("in the beginning was the word. " * 40)
+    return folder
+
+
+def train_words(folder, steps):
+    words = f"train --config {folder}/config.json --data {folder}/text.txt --steps {steps}"
+    return f"{words} --batch 8 --seq 17 --lr 0.01 --dtype float32 --json".split()
+
+
+def free_port(first=0, last=0):
+    """One that nothing listens on, from a range or of the system's choice."""
+    for port in range(first, last + 1):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return free.getsockname()[1]
+    raise OSError(f"no port from {first} to {last} is free")
+
+
+def launch(words, environment):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-m", "jax_mla", *words], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 def start(words):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    """The same command in two processes of four devices."""
+    flags = f"--coordinator localhost:{free_port()} --num-processes 2 --process-id".split()
+    return [launch([*words, *flags, str(number)], {}) for number in range(2)]
+
+
+def start_as_slurm(words):
+    """The same, started as SLURM does; JAX derives the port from the number of the job."""
+    job = {"SLURM_JOB_ID": str(free_port(61_440, 65_535) - 61_440), "SLURM_NTASKS": "2"}
+    job |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2"}
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", MAIN, address, str(number), *words],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for number in range(2)
-    ]  # fmt: skip
+        launch([*words, "--distributed"], job | {"SLURM_PROCID": n, "SLURM_LOCALID": n})
+        for n in "01"
+    ]
+
+
+def finish(processes, code=0):
+    """What the first process printed as JSON; the other one prints nothing but gloo's line."""
+    results = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [code, code], results
+    (printed, _), (other, _) = results
+    assert "{" not in other
+    return json.loads(printed[printed.index("{") :]) if code == 0 else results
 
 
 def losses(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)["loss"] for line in lines])
+    """Loss and norm of the gradients of every step."""
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return np.array([(row["loss"], row["grad_norm"]) for row in rows])
+
+
+def first_gradients(out, config):
+    """Of the first step, clipped: (1 - b1) times them is what AdamW's mean of them began with."""
+    only = out / "first"
+    shutil.copytree(out / "checkpoints" / "step_00000001", only / "step_00000001")
+    with Checkpoints(only) as store:
+        state = store.restore(abstract_state(config, recipe=Recipe(num_steps=20))).state
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    found = {keystr(path): x / 0.1 for path, x in leaves if ".mu[" in keystr(path)}
+    assert len(found) == len(jax.tree.leaves(state.params)) - 1  # all but the router's bias
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The folder of 20 steps in this process on one device."""
+    out = folder / "alone"
+    assert main([*train_words(folder, 20), *KEEP_ALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+    """The smallest case of the next test: no experts, three steps, no generation."""
+    config = dataclasses.replace(config, num_hidden_layers=1, n_routed_experts=None)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    (tmp_path / "text.txt").write_text("in the beginning was the word. " * 40)
+    words, layout = train_words(tmp_path, 3), LAYOUTS["zero3"].split()
+    processes = start([*words, *layout, "--out", str(tmp_path / "two")])
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    assert finish(processes)["step"] == 3
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_one_takes_over(words, tmp_path, capsys):
-    """ZeRO-3 over two processes of two devices; one of them gets SIGTERM, and both save and end."""
-    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+@pytest.mark.parametrize("layout", [pytest.param(v.split(), id=k) for k, v in LAYOUTS.items()])
+def test_two_processes_train_and_generate_as_one(layout, folder, alone, config, tmp_path, capsys):
+    """20 steps: gradients, every loss and norm, the weights at the end, and what these write."""
     out = tmp_path / "two"
-    mesh = ["--mesh", "data=4", "--rules", "zero3", "--save-every", "1", "--out", str(out)]
-    processes = start([*words, *mesh])
+    summary = finish(start([*train_words(folder, 20), *KEEP_ALL, *layout, "--out", str(out)]))
+    assert summary["reason"] == "finished" and summary["step"] == 20
+    of_two, of_one = (first_gradients(path, config) for path in (out, alone))
+    jax.tree.map(lambda x, y: assert_close(x, y, "float32"), of_two, of_one)
+    shutil.rmtree(alone / "first")
+    np.testing.assert_allclose(losses(out)[0], losses(alone)[0], rtol=1e-5)
+    np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-4)
+    (of_two, _), (of_one, _) = (jax_mla.load(path / "model_00000020") for path in (out, alone))
+    jax.tree.map(lambda x, y: assert_close(x, y, "float16"), of_two, of_one)
+
+    words = f"generate --model {alone}/model_00000020 --max-new-tokens 8 --json".split()
+    for prompt in ("in", "the", "word", "was", "beginning", "t", "wo", "th"):
+        words += ["--prompt", prompt]
+    capsys.readouterr()
+    assert main(words) == 0
+    wanted = json.loads(capsys.readouterr().out)["completions"]
+    assert finish(start([*words, *layout]))["completions"] == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+def test_sigterm_saves_in_both_and_one_process_takes_over(numbers, folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = [*train_words(folder, 40), "--save-every", "1", "--out", str(out)]
+    processes = start([*words, *LAYOUTS["zero3"].split()])
     while not (out / "metrics.jsonl").exists() and processes[0].poll() is None:
         time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-    results = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
-    printed, other = (out for out, _ in results)  # Gloo prints a line, too
-    stopped = json.loads(printed[printed.index("{") :])["step"]
-    assert "{" not in other and 1 <= stopped < 6
+    for number in numbers:
+        processes[number].send_signal(signal.SIGTERM)
+    summary = finish(processes)
+    stopped = summary["step"]
+    assert summary["reason"] == ("SIGTERM" if 0 in numbers else "another process")
+    assert 1 <= stopped < 40
 
-    capsys.readouterr()
-    assert main([*words, "--resume", "--out", str(out)]) == 0
+    words[words.index("--steps") + 1] = str(stopped + 2)
+    assert main([*words, "--resume"]) == 0
     assert f"resuming after step {stopped}" in capsys.readouterr().err
-    assert len(losses(out)) == 6
-    assert_close(losses(out), losses(tmp_path / "one"), "bfloat16")
+    assert len(losses(out)) == stopped + 2
+
+
+@pytest.mark.slow
+def test_two_processes_take_over_from_one(folder, alone, tmp_path):
+    """Ten steps on one device, ten more on eight: the weights of twenty on one."""
+    out, layout = tmp_path / "run", LAYOUTS["data x tensor x expert"].split()
+    words = [*train_words(folder, 20), "--save-every", "10", "--out", str(out)]
+    assert main(words) == 0
+    for path in (out / "checkpoints").glob("step_00000020*"):
+        path.rename(path.with_name("later"))
+    finish(start([*words, *layout, "--resume"]))
+    np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--coordinator h:1", "--coordinator cannot do without --process-id, --num-processes"),
+        ("--process-id 0 --num-processes 2", "--num-processes cannot do without --coordinator"),
+        (
+            "--coordinator h:1 --process-id 2 --num-processes 2",
+            "--process-id 2 is not one of --num-processes 2, which count from 0",
+        ),
+        (
+            "--distributed --coordinator h:1",
+            "--distributed finds out what --coordinator says; take one of them",
+        ),
+    ],
+    ids=["alone", "no address", "number", "both"],
+)
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_flags_that_do_not_fit_are_one_line(command, flags, message, folder, tmp_path, capsys):
+    words = {
+        "train": [*train_words(folder, 1), "--out", str(tmp_path)],
+        "generate": ["generate", "--model", str(folder), "--prompt", "a"],
+    }[command]
+    assert main([*words, *flags.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--coordinator host", "--coordinator :1", "--process-id -1"])
+def test_words_that_are_no_address_and_no_number(flag, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*train_words(folder, 1), "--out", str(tmp_path), *flag.split()])
+    assert "must be" in capsys.readouterr().err or flag.startswith("--process-id")
+
+
+def test_no_cluster_is_said(folder, tmp_path, monkeypatch, capsys):
+    """As in a process that nothing but a shell started."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: raise_(ValueError("no address")))
+    assert main([*train_words(folder, 1), "--out", str(tmp_path), "--distributed"]) == 2
+    err = capsys.readouterr().err
+    assert "--distributed found no SLURM, Kubernetes or Open MPI" in err
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "found"),
+    [("", "got none"), ("--mesh data=4", "got one over 4")],
+    ids=["none", "small"],
+)
+@pytest.mark.parametrize("started", [start, start_as_slurm], ids=["flags", "slurm"])
+def test_a_process_without_a_part_is_refused(started, mesh, found, folder, tmp_path):
+    words = [*train_words(folder, 1), "--out", str(tmp_path), *mesh.split()]
+    for _, err in finish(started(words), code=2):
+        assert f"2 processes have 8 devices and need a --mesh over all of them, {found}" in err

@@ -1,0 +1,127 @@
+"""`jax-mla plan`: what each device of a mesh must hold, from the config alone, without jax."""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from jax_mla import config as presets
+from jax_mla import plan
+from jax_mla.checkpoint.folder import read_json
+from jax_mla.cli import report
+from jax_mla.cli.completion import positive
+from jax_mla.cli.layout import mesh_axes
+from jax_mla.config import DeepSeekConfig
+
+PRESETS = ("tiny", "v2_lite", "v2", "v3", "kimi_k2")
+EPILOG = """
+Bytes are those of one device. Activations, what the compiler needs beside them, and layers of
+multi-token prediction are not in any of them: a plan that fits barely does not fit.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "config", metavar="CONFIG",
+        help=f"{', '.join(PRESETS)}, a config.json, or a folder that has one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mesh",
+        type=mesh_axes,
+        default={},
+        metavar="AXIS=N,...",
+        help="data=8; one device without",
+    )
+    parser.add_argument(
+        "--train", action="store_true",
+        help="weights, gradients and optimizer state instead of weights and cache",
+    )  # fmt: skip
+    parser.add_argument("--memory-gib", type=_gib, metavar="GIB", help="of a device: what fits?")
+    parser.add_argument(
+        "--param-dtype", choices=("float32", "bfloat16"), default="float32",
+        help="training: of weights and moments; gradients are float32",
+    )  # fmt: skip
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="training")
+    parser.add_argument(
+        "--batch", type=positive, default=1, help="serving: sequences at a time, on all devices"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = _config(args.config)
+    memory = None if args.memory_gib is None else int(args.memory_gib * 2**30)
+    recipes = [name for name in plan.RECIPES if _splits(name, args.mesh, args.train)]
+    rows = (_training if args.train else _serving)(config, args, recipes, memory)
+    if args.json:
+        sizes = {
+            "mesh": args.mesh,
+            "devices": math.prod(args.mesh.values()),
+            "memory_bytes": memory,
+        }
+        report.print_json({"config": args.config, **sizes, "recipes": rows})
+        return 0
+    mesh = ", ".join(f"{axis}={size}" for axis, size in args.mesh.items()) or "one device"
+    header = [name.replace("_", " ") for name in next(iter(rows.values()))]
+    report.print_table(
+        f"{args.config} on {mesh}: bytes a device",
+        ["recipe", *header],
+        [[name, *(_cell(key, value) for key, value in row.items())] for name, row in rows.items()],
+    )
+    return 0
+
+
+def _training(config, args, recipes: list[str], memory: int | None) -> dict[str, Any]:
+    rows = {}
+    for name in recipes:
+        options = {"param": args.param_dtype, "optimizer": args.optimizer}
+        found = plan.training_bytes(config, args.mesh, name, **options)
+        rows[name] = dataclasses.asdict(found) | {"total": found.total}
+        if memory is not None:
+            rows[name]["fits"] = found.total <= memory
+    return rows
+
+
+def _serving(config, args, recipes: list[str], memory: int | None) -> dict[str, Any]:
+    rows = {}
+    for name in recipes:
+        options = {"batch": args.batch, "memory_bytes": memory}
+        found = plan.serving_bytes(config, args.mesh, name, **options)
+        rows[name] = dataclasses.asdict(found)
+        if memory is None:
+            del rows[name]["context_tokens"]
+    return rows
+
+
+def _splits(recipe: str, mesh: dict[str, int], is_training: bool) -> bool:
+    """Whether a recipe is worth a row: "ddp" always, others where they split what is counted."""
+    split = plan.RECIPES[recipe]
+    counted = split.optimizer if is_training else split.parameters
+    axes = {axis for names in counted.values() for axis in names}
+    return recipe == "ddp" or any(mesh.get(axis, 1) > 1 for axis in axes)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if name in ("sequences", "context_tokens") else report.size(value)
+
+
+def _config(word: str) -> DeepSeekConfig:
+    if word in PRESETS:
+        return getattr(presets, word)()
+    path = Path(word)
+    return DeepSeekConfig.from_hf(read_json(path / "config.json" if path.is_dir() else path))
+
+
+def _gib(word: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {word!r}")
+    return value

@@ -1,0 +1,216 @@
+"""Runs a schedule: a queue on the host that hands micro-batches from stage to stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_mla import inputs
+from jax_mla.functional import Params
+from jax_mla.pipeline import programs
+from jax_mla.pipeline.schedule import Schedule, one_f_one_b
+from jax_mla.pipeline.stages import Pipeline
+from jax_mla.pipeline.timeline import Timeline, simulate
+from jax_mla.training.loss import LossSums, NextTokenLoss, counted
+from jax_mla.training.recipe import Recipe
+from jax_mla.training.step import Batch, check_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """What was seen while a schedule ran; a tuple has one entry a stage.
+
+    Attributes:
+      peak_held: the most micro-batches whose input a stage held at one time, from its arrival until
+        the micro-batch has gone backward. One that has arrived and waits is counted, so that a
+        stage after the first may hold one more than `Schedule.num_held`.
+      peak_held_bytes: of those inputs: hidden states and tokens, in the whole stage. On top come
+        what an op computes on the way, for one micro-batch at a time, and gradients on their way
+        back.
+      forward_seconds, backward_seconds: the mean of a stage's ops, which ran one at a time; None
+        where that was not asked for.
+    """
+
+    schedule: Schedule
+    peak_held: tuple[int, ...]
+    peak_held_bytes: tuple[int, ...]
+    forward_seconds: tuple[float, ...] | None = None
+    backward_seconds: tuple[float, ...] | None = None
+
+    def timeline(self) -> Timeline:
+        """The schedule with the mean durations that were measured, and no time for moving data.
+
+        Raises:
+          ValueError: nothing was measured.
+        """
+        if self.forward_seconds is None or self.backward_seconds is None:
+            raise ValueError("no durations were measured: run with measure=True, got measure=False")
+        return simulate(self.schedule, forward=self.forward_seconds, backward=self.backward_seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelinedGradients:
+    """The loss of a batch, its gradients where the stages are, and how they were made.
+
+    Attributes:
+      gradients: of each stage, of its part of the parameters and in their dtypes.
+      loads: of each stage, its part of `NextTokenLoss.load`; None without MoE layers.
+    """
+
+    loss: NextTokenLoss
+    gradients: tuple[Params, ...]
+    loads: tuple[Any, ...]
+    execution: Execution
+
+
+def loss_and_gradients(
+    params: Sequence[Params],
+    pipeline: Pipeline,
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    schedule: Callable[[int, int], Schedule] = one_f_one_b,
+    loss_scales: Sequence[Any] | None = None,
+    measure: bool = False,
+) -> PipelinedGradients:
+    """The loss and the gradients that `train_step` computes, of `recipe.num_micro_batches` parts.
+
+    What is minimised is loss + z_loss + balance_loss with the recipe's factors, a mean over the
+    whole batch. A stage keeps no more of a micro-batch than its input; going backward it computes
+    its layers again from there, and within that by `recipe.remat`. Both schedules add gradients up
+    in the order of the micro-batches, and so agree to the bit where the devices are deterministic.
+
+    Args:
+      params: of each stage, on its devices, see `Pipeline.split`.
+      batch: in the host's memory or on any device.
+      schedule: `gpipe`, `one_f_one_b` or your own, given the numbers of stages and micro-batches.
+      loss_scales: of float16, for each stage on its devices; gradients are divided by it again.
+      measure: waits for every op before the next begins and takes its time. Call once before, or
+        the time includes compilation.
+
+    Raises:
+      ValueError: rows cannot be divided into micro-batches or over a stage's devices, or the
+        schedule is one for other numbers.
+
+    Cost: two forward passes and one backward pass of every micro-batch, of which a bubble comes on
+    top; between two stages B * T * D numbers go there and as many back.
+    """
+    tokens = inputs.check_tokens(batch.tokens, pipeline.config)
+    inputs.check_aligned(tokens, pipeline.config, None, batch.segment_ids)
+    inputs.check_same_shape(tokens, loss_mask=batch.loss_mask)
+    num_rows, num_parts = tokens.shape[0], recipe.num_micro_batches
+    check_rows(*tokens.shape, recipe=recipe, mesh=pipeline.meshes[0], rules=pipeline.rules)
+    plan = schedule(pipeline.num_stages, num_parts)
+    if (plan.num_stages, plan.num_micro_batches) != (pipeline.num_stages, num_parts):
+        raise ValueError(
+            f"the schedule is for {plan.num_stages} stages and {plan.num_micro_batches} "
+            f"micro-batches, the pipeline has {pipeline.num_stages} and the recipe {num_parts}"
+        )
+    batch = jax.tree.map(np.asarray, batch)
+    num_tokens = np.asarray(counted(batch.tokens, batch.segment_ids, batch.loss_mask).sum())
+    scales = [np.float32(1)] * plan.num_stages if loss_scales is None else loss_scales
+    run = _Run(params, pipeline, batch, recipe, scales, num_tokens, measure)
+    for stage, op in plan.order:
+        (run.forward if op.kind == "forward" else run.backward)(stage, op.micro_batch)
+
+    gradients = _tied(run.gradients, pipeline)
+    sums = [programs.added_up(of_stage) for of_stage in run.sums]
+    loss = programs.mean_loss(jax.device_put(sums, pipeline.sharding(0)), num_tokens, num_rows)
+    return PipelinedGradients(
+        loss=loss,
+        gradients=tuple(map(programs.unscaled, gradients, params, scales)),
+        loads=tuple(of_stage.load for of_stage in sums),
+        execution=run.execution(plan),
+    )
+
+
+class _Run:
+    """What the stages hold, pass on and add up while a schedule runs."""
+
+    def __init__(self, params, pipeline, batch, recipe, loss_scales, num_tokens, measure):
+        self.params, self.pipeline, self.batch, self.recipe = params, pipeline, batch, recipe
+        self.num_tokens, self.loss_scales, self.measure = num_tokens, loss_scales, measure
+        stages = range(pipeline.num_stages)
+        self.held = [{} for _ in stages]  # micro-batch: its input
+        self.output_gradients = [{} for _ in stages]
+        self.sums: list[list[LossSums]] = [[] for _ in stages]
+        self.seconds = {"forward": [[] for _ in stages], "backward": [[] for _ in stages]}
+        self.peak_held, self.peak_held_bytes = ([0] * len(stages) for _ in range(2))
+        self.gradients = [
+            programs.no_gradients(of_stage, pipeline=pipeline, stage=stage, recipe=recipe)
+            for stage, of_stage in enumerate(params)
+        ]
+
+    def forward(self, stage: int, i: int) -> None:
+        if stage == 0:
+            self._receive(0, i, None)
+        y, sums = self._call("forward", stage, self.params[stage], *self.held[stage][i])
+        self.sums[stage].append(sums)
+        if y is not None:
+            self._receive(stage + 1, i, y)
+
+    def backward(self, stage: int, i: int) -> None:
+        self.gradients[stage], of_x = self._call(
+            "backward",
+            stage,
+            self.params[stage],
+            self.gradients[stage],
+            *self.held[stage].pop(i),
+            self.output_gradients[stage].pop(i, None),
+            self.num_tokens,
+            len(self.batch.tokens),
+            self.loss_scales[stage],
+        )
+        if of_x is not None:
+            where = self.pipeline.sharding(stage - 1, "batch", "sequence", None)
+            self.output_gradients[stage - 1][i] = jax.device_put(of_x, where)
+
+    def execution(self, schedule: Schedule) -> Execution:
+        means = {
+            f"{kind}_seconds": tuple(map(statistics.mean, of_stages)) if self.measure else None
+            for kind, of_stages in self.seconds.items()
+        }
+        return Execution(schedule, tuple(self.peak_held), tuple(self.peak_held_bytes), **means)
+
+    def _receive(self, stage: int, i: int, x) -> None:
+        """Puts a micro-batch's rows and its hidden states on the devices of a stage."""
+        # Micro-batch i has the rows i, i + num_parts, ..., as in `train_step`.
+        rows = jax.tree.map(lambda a: a[i :: self.recipe.num_micro_batches], self.batch)
+        rows = jax.device_put(rows, self.pipeline.sharding(stage, "batch", "sequence"))
+        if x is not None:
+            x = jax.device_put(x, self.pipeline.sharding(stage, "batch", "sequence", None))
+        held = self.held[stage]
+        held[i] = x, rows
+        self.peak_held[stage] = max(self.peak_held[stage], len(held))
+        num_bytes = sum(a.nbytes for a in jax.tree.leaves(held))
+        self.peak_held_bytes[stage] = max(self.peak_held_bytes[stage], num_bytes)
+
+    def _call(self, kind: str, stage: int, *args):
+        run = functools.partial(
+            getattr(programs, kind), pipeline=self.pipeline, stage=stage, recipe=self.recipe
+        )
+        if not self.measure:
+            return run(*args)
+        jax.block_until_ready(args)
+        start = time.perf_counter()
+        result = jax.block_until_ready(run(*args))
+        self.seconds[kind][stage].append(time.perf_counter() - start)
+        return result
+
+
+def _tied(gradients: list[Params], pipeline: Pipeline) -> list[Params]:
+    """Both copies of a tied embedding get the gradients of both."""
+    if pipeline.num_stages == 1 or not pipeline.config.tie_word_embeddings:
+        return gradients
+    first, *between, last = gradients
+    name = "embed_tokens"
+    total = first[name] + jax.device_put(last[name], first[name].sharding)
+    moved = jax.device_put(total, last[name].sharding)
+    return [first | {name: total}, *between, last | {name: moved}]

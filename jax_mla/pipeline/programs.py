@@ -1,0 +1,161 @@
+"""What a stage's devices run: forward, backward, the end of the gradients, the update."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jax_mla.functional import Params
+from jax_mla.pipeline.stages import Pipeline
+from jax_mla.sharding import constrain_tokens, placement_of
+from jax_mla.training.loss import LossSums, NextTokenLoss, counted, loss_sums
+from jax_mla.training.recipe import Recipe
+from jax_mla.training.state import TrainState, state_shardings
+from jax_mla.training.step import Batch, all_finite, objective, updated
+
+_STATIC = ("pipeline", "stage", "recipe")
+_of_stage = functools.partial(jax.jit, static_argnames=_STATIC)
+
+
+@_of_stage
+def forward(
+    params: Params, x: Array | None, batch: Batch, *, pipeline: Pipeline, stage: int, recipe: Recipe
+) -> tuple[Array | None, LossSums]:
+    """The hidden states for the next stage, None after the last, and this one's part of the loss.
+
+    Args:
+      x: the hidden states of a micro-batch; None in the first stage.
+    """
+    return _forward(params, x, batch, pipeline, stage, recipe)
+
+
+def _forward(params, x, batch, pipeline, stage, recipe):
+    is_counted = counted(batch.tokens, batch.segment_ids, batch.loss_mask)
+    x, sums = loss_sums(
+        params,
+        pipeline.config,
+        batch.tokens,
+        is_counted,
+        batch.segment_ids,
+        precision=recipe.precision,
+        remat=recipe.remat,
+        chunk_tokens=recipe.chunk_tokens,
+        rules=pipeline.rules,
+        layers=pipeline.layers[stage],
+        x=x,
+    )
+    if stage == pipeline.num_stages - 1:
+        return None, sums
+    return constrain_tokens(x, placement_of(params, pipeline.rules)), sums
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("gradients",))
+def backward(
+    params: Params,
+    gradients: Params,
+    x: Array | None,
+    batch: Batch,
+    output_gradient: Array | None,
+    num_tokens: Array,
+    num_rows: Array,
+    loss_scale: Array,
+    *,
+    pipeline: Pipeline,
+    stage: int,
+    recipe: Recipe,
+) -> tuple[Params, Array | None]:
+    """The gradients with a micro-batch's added, and that of x; computes the stage again from x."""
+
+    def run(params, x):
+        y, sums = _forward(params, x, batch, pipeline, stage, recipe)
+        return y, objective(sums, recipe, num_tokens, num_rows) * loss_scale
+
+    _, pull_back = jax.vjp(run, params, x)
+    of_params, of_x = pull_back((output_gradient, jnp.ones(())))
+    added = jax.tree.map(lambda total, g: total + g.astype(total.dtype), gradients, of_params)
+    return jax.lax.with_sharding_constraint(added, _gradient_shardings(pipeline, stage)), of_x
+
+
+@_of_stage
+def no_gradients(params: Params, *, pipeline: Pipeline, stage: int, recipe: Recipe) -> Params:
+    """Zeros in `Precision.reduce`, where the rules put gradients."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, recipe.precision.reduce), params)
+    return jax.lax.with_sharding_constraint(zeros, _gradient_shardings(pipeline, stage))
+
+
+def _gradient_shardings(pipeline: Pipeline, stage: int):
+    return pipeline.param_shardings(stage, pipeline.rules.gradients())
+
+
+@jax.jit
+def unscaled(gradients: Params, params: Params, loss_scale: Array) -> Params:
+    """Gradients of the loss itself, in the dtypes of the weights."""
+    return jax.tree.map(lambda g, p: g.astype(p.dtype) / loss_scale, gradients, params)
+
+
+@jax.jit
+def square_sum(gradients: Params) -> Array:
+    return optax.tree.norm(gradients, squared=True)
+
+
+is_finite = jax.jit(all_finite)
+
+
+@jax.jit
+def added_up(sums: list[LossSums]) -> LossSums:
+    """The sums of all micro-batches in one stage."""
+    return jax.tree.map(lambda *x: sum(x), *sums)
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def mean_loss(sums: list[LossSums], num_tokens: Array, num_rows: int) -> NextTokenLoss:
+    """The loss of a batch from the sums of every stage."""
+    loads = [of_stage.load for of_stage in sums if of_stage.load is not None]
+    dropped = [of_stage.num_dropped for of_stage in sums if of_stage.num_dropped is not None]
+    return LossSums(
+        nll=sums[-1].nll,
+        squared_lse=sums[-1].squared_lse,
+        balance=sum(of_stage.balance for of_stage in sums),
+        load=jnp.concatenate(loads) if loads else None,
+        num_dropped=sum(dropped) if dropped else None,
+    ).means(num_tokens, num_rows)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
+def update(
+    state: TrainState,
+    gradients: Params,
+    load: Array | None,
+    grad_norm: Array,
+    is_finite: Array,
+    *,
+    pipeline: Pipeline,
+    stage: int,
+    recipe: Recipe,
+) -> TrainState:
+    """A stage's next state; gradients are clipped by the norm of all stages."""
+    if (limit := recipe.clip_norm) is not None:
+        # Optax's own formula. The optimizer clips too, by the norm of this stage alone, which is no
+        # larger and leaves it nothing to do.
+        gradients = jax.tree.map(
+            lambda g: jnp.where(grad_norm < limit, g, g / grad_norm * limit), gradients
+        )
+    new_state = updated(state, gradients, load, recipe, is_finite)
+    return jax.lax.with_sharding_constraint(new_state, stage_shardings(pipeline, stage, recipe))
+
+
+@_of_stage
+def copied(state: TrainState, *, pipeline: Pipeline, stage: int, recipe: Recipe) -> TrainState:
+    copy = jax.tree.map(jnp.copy, state)
+    return jax.lax.with_sharding_constraint(copy, stage_shardings(pipeline, stage, recipe))
+
+
+def stage_shardings(pipeline: Pipeline, stage: int, recipe: Recipe) -> Any:
+    """The tree of a stage's TrainState, holding a NamedSharding where it holds an array."""
+    whole = state_shardings(pipeline.config, pipeline.meshes[stage], pipeline.rules, recipe=recipe)
+    return pipeline.part(whole, stage, take=lambda sharding, first, end: sharding)

@@ -1,0 +1,146 @@
+"""Both schedules compute what one device does, and hold what the papers say."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from numerics import assert_close
+
+import jax_mla
+from jax_mla.pipeline import Pipeline, gpipe, loss_and_gradients, one_f_one_b
+from jax_mla.training import Batch, Precision, Recipe
+from jax_mla.training.loss import counted, loss_sums
+from jax_mla.training.step import objective
+
+M = 6
+RECIPE = Recipe(
+    num_steps=100,
+    num_micro_batches=M,
+    z_loss=0.01,
+    balance_loss=0.1,
+    precision=Precision(compute="float32"),
+)
+
+
+def batch_of(num_rows):
+    """Packed rows, of which some tokens do not count; the parts count different numbers."""
+    rng = np.random.default_rng(0)
+    return Batch(
+        rng.integers(0, 256, (num_rows, 16)).astype(np.int32),
+        np.sort(rng.integers(0, 3, (num_rows, 16)).astype(np.int32)),
+        np.arange(16)[None] < np.arange(16 - num_rows, 16)[:, None],
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def on_one_device(params, config, batch):
+    """The loss and the gradients of the whole batch at once."""
+    is_counted = counted(batch.tokens, batch.segment_ids, batch.loss_mask)
+    num_tokens, num_rows = is_counted.sum(), len(batch.tokens)
+
+    def minimised(params):
+        _, sums = loss_sums(
+            params, config, batch.tokens, is_counted, batch.segment_ids,
+            precision=RECIPE.precision, remat="none", chunk_tokens=4096, rules=None,
+        )  # fmt: skip
+        return objective(sums, RECIPE, num_tokens, num_rows), sums.means(num_tokens, num_rows)
+
+    gradients, loss = jax.grad(minimised, has_aux=True)(params)
+    return loss, gradients
+
+
+def run(params, pipeline, batch, schedule, **options):
+    return loss_and_gradients(params, pipeline, batch, recipe=RECIPE, schedule=schedule, **options)
+
+
+def close(got, want):
+    assert_close(got, want, "float32")
+
+
+def assert_equal_to_one_device(params, config, mesh, batch, sizes=None):
+    want_loss, want = on_one_device(params, config, batch)
+    pipeline = Pipeline(config, mesh, layers_per_stage=sizes)
+    parts = pipeline.split(params)
+    results = [run(parts, pipeline, batch, schedule) for schedule in (gpipe, one_f_one_b)]
+    for result in results:
+        jax.tree.map(close, vars(result.loss), vars(want_loss))
+        jax.tree.map(close, pipeline.join(result.gradients), jax.device_get(want))
+        placed = [pipeline.param_shardings(stage) for stage in range(pipeline.num_stages)]
+        for x, sharding in zip(
+            jax.tree.leaves(result.gradients), jax.tree.leaves(placed), strict=True
+        ):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    a, b = (jax.device_get(result.gradients) for result in results)
+    jax.tree.map(np.testing.assert_array_equal, a, b)  # both add up in the same order
+    return pipeline, parts, results
+
+
+def test_a_dense_model_with_a_tied_embedding_in_three_stages(dense_config, random_params):
+    """Loss, gradients, what stages hold, and the bubble that was measured."""
+    mesh, batch = jax_mla.make_mesh(stage=3), batch_of(M)
+    pipeline, parts, (f_then_b, in_turns) = assert_equal_to_one_device(
+        random_params(dense_config), dense_config, mesh, batch
+    )
+    assert f_then_b.loss.load is None
+    rows = 16 * (4 + 4 + 1)
+    hidden = 16 * 32 * 4
+    assert f_then_b.execution.peak_held == (M, M, M)
+    assert f_then_b.execution.peak_held_bytes == (M * rows, *[M * (rows + hidden)] * 2)
+    held = in_turns.execution.peak_held
+    assert held[0] == 3 and all(
+        count <= min(3, in_turns.execution.schedule.num_held(stage) + 1)
+        for stage, count in enumerate(held)
+    )
+    assert in_turns.execution.peak_held_bytes[1] == held[1] * (rows + hidden)
+
+    with pytest.raises(ValueError, match="no durations were measured"):
+        in_turns.execution.timeline()
+    measured = run(parts, pipeline, batch, one_f_one_b, measure=True).execution
+    assert measured.peak_held == held
+    assert len(measured.forward_seconds) == len(measured.backward_seconds) == 3
+    timeline = measured.timeline()
+    slowest = max(map(sum, zip(measured.forward_seconds, measured.backward_seconds, strict=True)))
+    mean = (sum(measured.forward_seconds) + sum(measured.backward_seconds)) / 3
+    assert timeline.end >= M * slowest
+    # A stage that is slower than the mean makes the others wait for it.
+    assert 1 - mean / slowest <= timeline.bubble < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axes", "sizes"),
+    [
+        ({"stage": 1}, None),
+        ({"stage": 2, "data": 2}, (2, 1)),
+        ({"stage": 3}, None),
+        ({"stage": 2}, (1, 2)),
+        ({"stage": 2, "fsdp": 2, "tensor": 2}, None),
+        ({"stage": 2, "expert": 2, "sequence": 2}, None),
+    ],
+    ids=["one-stage", "data", "three-stages", "uneven", "fsdp-tensor", "expert-sequence"],
+)
+def test_experts(moe_config, random_params, axes, sizes):
+    """Of which a smaller version is in test_step: gradients of the first step."""
+    mesh, params = jax_mla.make_mesh(**axes), random_params(moe_config)
+    assert_equal_to_one_device(params, moe_config, mesh, batch_of(2 * M), sizes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        (batch_of(8), {}, "8 rows cannot be divided into 6 micro-batches"),
+        (batch_of(6), {}, "1 rows of a micro-batch cannot be divided over 2 devices .* 'data'"),
+        (
+            batch_of(12),
+            {"schedule": lambda P, M: gpipe(P, M - 1)},
+            "for 2 stages and 5 micro-batches, the pipeline has 2 and the recipe 6",
+        ),
+        (Batch(np.full((12, 16), 320)), {}, "token id 320 is outside the vocabulary of 320"),
+    ],
+    ids=["micro-batches", "devices", "schedule", "vocabulary"],
+)
+def test_what_does_not_fit_is_refused_before_any_work(moe_config, batch, options, message):
+    pipeline = Pipeline(moe_config, jax_mla.make_mesh(stage=2, data=2))
+    with pytest.raises(ValueError, match=message):
+        loss_and_gradients(({}, {}), pipeline, batch, recipe=RECIPE, **options)

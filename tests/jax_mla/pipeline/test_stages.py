@@ -1,0 +1,109 @@
+"""A model cut into stages: which layers, which devices, and back again to the bit."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import jax_mla
+from jax_mla.pipeline import Pipeline, join_state, split_state
+from jax_mla.training import Recipe, abstract_state
+
+
+def numbered(shapes):
+    """A tree of arrays in which every element of every array is another number."""
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(
+        tree, [np.arange(x.size).reshape(x.shape).astype(x.dtype) + i for i, x in enumerate(leaves)]
+    )
+
+
+def params_of(config):
+    return numbered(jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config)))
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "layers"),
+    [
+        (61, 8, ((0, 8), (8, 16), (16, 24), (24, 32), (32, 40), (40, 47), (47, 54), (54, 61))),
+        (3, 3, ((0, 1), (1, 2), (2, 3))),
+        (3, 1, ((0, 3),)),
+    ],
+)
+def test_layers_are_cut_evenly(moe_config, num_layers, num_stages, layers):
+    config = dataclasses.replace(moe_config, num_hidden_layers=num_layers)
+    assert Pipeline(config, jax_mla.make_mesh(stage=num_stages)).layers == layers
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=str)
+def test_a_stage_has_its_layers_on_its_devices(moe_config, sizes):
+    params = params_of(moe_config)
+    mesh = jax_mla.make_mesh(stage=2, data=2, tensor=2)
+    pipeline = Pipeline(moe_config, mesh, jax_mla.rules.tensor_parallel(), sizes)
+    first, last = pipeline.split(params)
+    assert first.keys() == {"embed_tokens", "dense_layers"} | (
+        {"moe_layers"} if sizes[0] > 1 else set()
+    )
+    assert last.keys() == {"moe_layers", "norm", "lm_head"}
+    gate = last["moe_layers"]["mlp"]["gate"]
+    np.testing.assert_array_equal(gate, params["moe_layers"]["mlp"]["gate"][-sizes[1] :])
+    stage_axis = mesh.axis_names.index("stage")
+    for stage, part in enumerate((first, last)):
+        devices = set(np.take(mesh.devices, stage, stage_axis).flat)
+        assert all(x.sharding.device_set == devices for x in jax.tree.leaves(part))
+    assert last["lm_head"].sharding.shard_shape(last["lm_head"].shape) == (32, 160)  # over tensor
+    same(pipeline.join((first, last)), params)
+
+
+def test_a_tied_embedding_is_in_the_first_and_the_last_stage(dense_config):
+    params = params_of(dense_config)
+    pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3))
+    parts = pipeline.split(params)
+    assert [set(part) for part in parts] == [
+        {"embed_tokens", "dense_layers"},
+        {"dense_layers"},
+        {"embed_tokens", "dense_layers", "norm"},
+    ]
+    same(pipeline.join(parts), params)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_state_comes_back_to_the_bit(moe_config, optimizer):
+    recipe = Recipe(num_steps=10, optimizer=optimizer)
+    state = numbered(abstract_state(moe_config, recipe=recipe))
+    pipeline = Pipeline(moe_config, jax_mla.make_mesh(stage=3))
+    states = split_state(state, pipeline, recipe=recipe)
+    same(join_state(states, pipeline), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": {"stage": 4}}, "4 stages need as many layers, the config has 3"),
+        ({"layers_per_stage": (1, 1, 1)}, "must have 2 stages and 3 layers, it has 3 and 3"),
+        ({"layers_per_stage": (2, 2)}, "must have 2 stages and 3 layers, it has 2 and 4"),
+        ({"layers_per_stage": (3, 0)}, r"layers_per_stage\[1\] must be .* at least 1, got 0"),
+        (
+            {"mesh": {"stage": 2, "fsdp": 2}, "rules": jax_mla.ShardingRules(layers="fsdp")},
+            "splits layers over 'stage', rules.layers is 'fsdp'",
+        ),
+    ],
+    ids=["few-layers", "stages", "layers", "empty-stage", "rules"],
+)
+def test_a_cut_that_cannot_be_is_refused(moe_config, options, message):
+    mesh = jax_mla.make_mesh(**options.pop("mesh", {"stage": 2}))
+    with pytest.raises(ValueError, match=message):
+        Pipeline(moe_config, mesh, **options)
+
+
+def test_a_mesh_without_stages_is_refused(moe_config):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    with pytest.raises(ValueError, match=r"axes \('data', .*'stage', .* got axes \('data',\)"):
+        Pipeline(moe_config, mesh)

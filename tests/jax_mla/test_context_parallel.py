@@ -1,0 +1,341 @@
+"""Long sequences over devices: striped prompts, and caches whose pages are split."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from kernel_tools import aot
+from numerics import assert_close, normal
+
+import jax_mla
+from jax_mla import rules
+from jax_mla.cache import own_lengths
+from jax_mla.layers.latent_attention import attend_new, merge_over_devices
+from jax_mla.layers.stripes import from_stripes, gather_stripes, stripe_order, to_stripes
+from jax_mla.sharding import Placement
+from jax_mla.training import Recipe, next_token_loss
+from jax_mla.training.step import check_rows
+from pallas_kernels import hardware
+
+CONFIG = dataclasses.replace(
+    jax_mla.tiny(),
+    initializer_range=0.1,
+    num_attention_heads=4,
+    num_hidden_layers=2,
+    first_k_dense_replace=2,  # no experts: what is split here are positions
+)
+RULES = rules.context_parallel()
+SHARES, B, T = 4, 4, 32
+SIZES = {"data": 2, "sequence": SHARES}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax_mla.make_mesh(**SIZES)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax_mla.init(jax.random.key(0), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def placed(params, mesh):
+    return jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, RULES))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, 256, (B, T))
+
+
+@pytest.fixture(scope="module")
+def logits(params, tokens):
+    return np.asarray(jax_mla.forward(params, CONFIG, tokens))
+
+
+@pytest.mark.parametrize("num_devices", [2, 4, 8])
+def test_stripes_are_paired_late_with_early_and_put_back(num_devices):
+    mesh = jax_mla.make_mesh(sequence=num_devices)
+    place, size = Placement(mesh.abstract_mesh, RULES), 3
+    x = np.arange(2 * num_devices * size).reshape(1, -1, 1)
+    given = jax.device_put(x, NamedSharding(mesh, RULES.spec(("batch", "sequence", None))))
+    striped = jax.jit(lambda x: to_stripes(x, place))(given)
+    for d, shard in enumerate(striped.addressable_shards):
+        held = np.asarray(shard.data).reshape(2, size)
+        early, late = d, 2 * num_devices - 1 - d
+        np.testing.assert_array_equal(held[:, 0], [early * size, late * size])
+        np.testing.assert_array_equal(np.diff(held, axis=1), 1)
+    np.testing.assert_array_equal(jax.jit(lambda x: from_stripes(x, place))(striped), x)
+    gathered = jax.shard_map(
+        lambda x: gather_stripes(x, ("sequence",)),
+        mesh=mesh,
+        in_specs=P(None, "sequence"),
+        out_specs=P(),
+        check_vma=False,
+    )(striped)
+    np.testing.assert_array_equal(gathered, x)
+
+
+@pytest.mark.parametrize("form", ["expanded", pytest.param("absorbed", marks=pytest.mark.slow)])
+def test_every_device_sees_equally_many_keys(form, mesh, rng):
+    """With queries of 0 all keys weigh the same: the sum of exponentials counts them."""
+    N, C, X = CONFIG.num_attention_heads, CONFIG.kv_lora_rank, CONFIG.cache_row_dim
+    nope, rotary, value = CONFIG.qk_nope_head_dim, CONFIG.qk_rope_head_dim, CONFIG.v_head_dim
+    zeros = jnp.zeros((1, T, N, nope)), jnp.zeros((1, T, N, rotary))
+    rows = normal(rng, (1, T, X))
+    weights = normal(rng, (N, nope, C)), normal(rng, (N, value, C))
+    options = {"config": CONFIG, "form": form, "sequence_axes": ("sequence",)}
+    _, lse = jax.jit(
+        jax.shard_map(
+            lambda q_nope, q_pe, rows, *w: attend_new(q_nope, q_pe, rows, *w, **options),
+            mesh=mesh,
+            in_specs=(P(None, "sequence"), P(None, "sequence"), P(None, "sequence"), P(), P()),
+            out_specs=P(None, "sequence"),
+            check_vma=False,
+        )
+    )(*zeros, rows, *weights)
+    seen = np.exp(np.asarray(lse)[0, :, 0]).round().astype(int).reshape(2 * SHARES, -1)
+    position = np.arange(T).reshape(2 * SHARES, -1)[stripe_order(SHARES)]
+    np.testing.assert_array_equal(seen, position + 1)
+    assert set(seen.reshape(SHARES, -1).sum(axis=1)) == {T * (T + 1) // 2 // SHARES}
+
+
+@pytest.mark.slow
+def test_trace_is_in_the_order_of_positions(mesh, tokens):
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1, first_k_dense_replace=0)
+    params = jax_mla.init(jax.random.key(0), config)
+    want = jax_mla.forward_trace(params, config, tokens)
+    params = jax.device_put(params, jax_mla.param_shardings(config, mesh, RULES))
+    got = jax_mla.forward_trace(params, config, tokens, rules=RULES)
+    assert_close(got.logits, want.logits, "float32")
+    assert_close(got.hidden_states, want.hidden_states, "float32")
+    np.testing.assert_array_equal(np.sort(got.expert_index), np.sort(want.expert_index))
+
+
+def test_gradients_of_a_layer_with_packed_segments(mesh, rng):
+    place = Placement(mesh.abstract_mesh, RULES)
+    segments = jnp.asarray(np.sort(rng.integers(0, 4, (B, T))))
+    x, dy = (normal(rng, (B, T, CONFIG.hidden_size)) for _ in range(2))
+    weights = nnx.split(jax_mla.MLA(CONFIG, rngs=nnx.Rngs(0)))[1]
+
+    def gradients(weights, x, segments, place):
+        def objective(weights, x):
+            graphdef, _ = nnx.split(jax_mla.MLA(CONFIG, rngs=nnx.Rngs(0), placement=place))
+            layer = nnx.merge(graphdef, weights)
+            y = layer(to_stripes(x, place), segment_ids=to_stripes(segments, place))
+            return jnp.sum(from_stripes(y, place) * dy)
+
+        return jax.grad(objective, argnums=(0, 1))(weights, x)
+
+    gradients = jax.jit(gradients, static_argnums=3)
+    want = gradients(weights, x, segments, None)
+    arrays = jax.device_put((weights, x, segments), NamedSharding(mesh, P()))
+    jax.tree.map(lambda g, w: assert_close(g, w, "float32"), gradients(*arrays, place), want)
+
+
+@pytest.mark.slow
+def test_loss_and_gradients(params, placed, tokens):
+    def value_and_grad(params, recipe):
+        def loss(params):
+            return next_token_loss(params, CONFIG, tokens, rules=recipe).loss
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    want, got = value_and_grad(params, None), value_and_grad(placed, RULES)
+    jax.tree.map(lambda g, w: assert_close(g, w, "float32"), got, want)
+
+
+def split_cache(kind, page_size=4, max_pages=12):
+    if kind == "dense":
+        max_tokens = page_size * max_pages
+        return jax_mla.LatentCache.empty(
+            CONFIG, B, max_tokens, page_size=page_size, num_shares=SHARES
+        )
+    # Column j names pages of share j % SHARES, of which each part of the batch has a half.
+    each = B // 2 * max_pages // SHARES
+    pools = np.random.default_rng(2).permuted(
+        np.arange(SHARES * 2 * each).reshape(-1, each), axis=1
+    )
+    pools = pools.reshape(SHARES, B, max_pages // SHARES)
+    table = pools.transpose(1, 2, 0).reshape(B, max_pages)
+    return jax_mla.PagedLatentCache.empty(CONFIG, table.size, page_size, page_table=table)
+
+
+@pytest.mark.parametrize("kind", ["paged", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["absorbed", pytest.param("expanded", marks=pytest.mark.slow)])
+def test_chunked_prefill_and_decode_on_a_split_cache(kind, form, placed, tokens, logits, mesh):
+    at = np.arange(B)
+    first, second = np.asarray([16, 9, 1, 12]), np.asarray([8, 12, 16, 0])
+    cache, options = split_cache(kind), {"rules": RULES}
+    got, cache = jax_mla.prefill(
+        placed, CONFIG, tokens[:, :16], cache, lengths=first, form=form, **options
+    )
+    assert_close(got, logits[at, first - 1], "float32")
+    chunk = np.stack([np.roll(row, -n)[:16] for row, n in zip(tokens, first, strict=True)])
+    got, cache = jax_mla.prefill(placed, CONFIG, chunk, cache, lengths=second, form=form, **options)
+    total = first + second
+    assert_close(np.asarray(got)[second > 0], logits[at, total - 1][second > 0], "float32")
+    for _ in range(2):
+        got, cache = jax_mla.decode_step(placed, CONFIG, tokens[at, total], cache, **options)
+        assert_close(got, logits[at, total], "float32")
+        total = total + 1
+    several = np.stack([tokens[at, total], tokens[at, total + 1]], axis=1)
+    got, cache = jax_mla.decode_step(placed, CONFIG, several, cache, form=form, **options)
+    assert_close(got[:, 0], logits[at, total], "float32")
+    assert_close(got[:, 1], logits[at, total + 1], "float32")
+    assert cache.lengths.tolist() == (total + 2).tolist()
+    expected = NamedSharding(mesh, P(None, ("sequence", "data")))
+    assert cache.pages.sharding.is_equivalent_to(expected, 4)
+
+
+def test_generated_tokens(params, placed, tokens):
+    options = {"lengths": np.asarray([16, 9, 1, 12]), "max_new_tokens": 4, "eos_token_ids": ()}
+    want = jax_mla.generate(params, CONFIG, tokens[:, :16], **options)
+    got = jax_mla.generate(placed, CONFIG, tokens[:, :16], rules=RULES, **options)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+@pytest.mark.kernel_aot
+@pytest.mark.parametrize("program", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
+def test_kernels_compile_for_eight_h200s(program, monkeypatch):
+    devices = aot.h200_devices(8)
+    monkeypatch.setattr(hardware, "_device", lambda device: device or devices[0])
+    mesh, config = jax_mla.make_mesh(sequence=8, devices=devices), dataclasses.replace(
+        CONFIG, num_hidden_layers=1, dtype="bfloat16", num_attention_heads=16, kv_lora_rank=128,
+        qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128, rope_scaling=None,
+    )  # fmt: skip
+
+    def on_mesh(x, *axes):
+        sharding = NamedSharding(mesh, RULES.spec(axes))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    shapes = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config))
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        jax_mla.param_shardings(config, mesh, RULES),
+    )
+    cache = jax.eval_shape(lambda: jax_mla.LatentCache.empty(config, 2, 4096, num_shares=8))
+    pages = on_mesh(cache.pages, None, ("context", "batch"), None, None)
+    cache = dataclasses.replace(cache, pages=pages, lengths=on_mesh(cache.lengths, "batch"))
+    run = jax_mla.decode_step if program == "decode" else jax_mla.prefill
+    shape = (2,) if program == "decode" else (2, 2048)
+    tokens = on_mesh(jax.ShapeDtypeStruct(shape, "int32"), *("batch", "sequence")[: len(shape)])
+    step = jax.jit(lambda p, t, c: run(p, config, t, c, rules=RULES))
+    compiled = step.lower(placed, tokens, cache).compile()
+    assert 'custom_call_target="mosaic_gpu_v2"' in compiled.as_text()
+    rows, _ = jax_mla.explain_collectives(compiled)
+    kinds = {row.kind for row in rows if row.bytes_per_device > 1e4}
+    in_prefill = {"all-gather", "reduce-scatter", "all-reduce", "collective-permute"}
+    assert kinds == ({"all-reduce"} if program == "decode" else in_prefill)
+
+
+@given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 5))
+def test_own_lengths_count_the_tokens_of_every_nth_page(length, page_size, num_shares):
+    share = np.arange(length) // page_size % num_shares
+    lengths = jnp.asarray([length])
+    for rank in range(num_shares):
+        assert own_lengths(lengths, page_size, num_shares, rank) == (share == rank).sum()
+
+
+@pytest.mark.parametrize(("batch", "num_pages", "num_shares"), [(3, 24, 4), (2, 27, 3), (1, 7, 1)])
+def test_tables_deal_pages_round_robin(batch, num_pages, num_shares):
+    cache = jax_mla.PagedLatentCache.empty(CONFIG, num_pages, 1, batch=batch, num_shares=num_shares)
+    table = np.asarray(cache.page_table)
+    assert (
+        table.size
+        == len(set(table.ravel()))
+        == num_pages // (batch * num_shares) * num_shares * batch
+    )
+    of_share = num_pages // num_shares
+    want = np.broadcast_to(np.arange(table.shape[1]) % num_shares, table.shape)
+    np.testing.assert_array_equal(table // of_share, want)
+
+
+@pytest.mark.parametrize("scatter", [False, True], ids=["psum", "scatter"])
+def test_merging_over_devices(scatter, mesh, rng):
+    scores, values = rng.standard_normal((8, SHARES * 3)), rng.standard_normal((SHARES * 3, 5))
+    is_seen = rng.random(scores.shape) < 0.4
+    is_seen[0], is_seen[1, :6], is_seen[2] = False, False, True  # of none, not of all, of all
+    weight = np.where(is_seen, np.exp(scores), 0)
+    total = weight.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        want, want_lse = (
+            np.where(total[:, None] > 0, weight @ values / total[:, None], 0),
+            np.log(total),
+        )
+        parts = [slice(3 * d, 3 * d + 3) for d in range(SHARES)]
+        lse = np.stack([np.log(weight[:, p].sum(axis=1)) for p in parts])
+        out = np.stack(
+            [weight[:, p] @ values[p] / weight[:, p].sum(axis=1, keepdims=True) for p in parts]
+        )
+    assert np.isnan(out).any()  # a device without keys may leave anything
+
+    def merge(out, lse):
+        merged = merge_over_devices(
+            out[0][None, :, None], lse[0][None, :, None], ("sequence",), scatter=scatter
+        )
+        return jax.tree.map(lambda x: x[0, :, 0], merged)
+
+    got, got_lse = jax.jit(
+        jax.shard_map(
+            merge,
+            mesh=mesh,
+            in_specs=P("sequence"),
+            out_specs=P("sequence") if scatter else P(),
+            check_vma=False,
+        )
+    )(jnp.asarray(out, jnp.float32), jnp.asarray(lse, jnp.float32))
+    assert_close(got, want, "float32")
+    assert_close(got_lse, want_lse, "float32")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"context": "tensor"}, "context='tensor' and heads='tensor' share mesh axis 'tensor'"),
+        (
+            {"context": "data"},
+            r"context='data' and batch=\('data', 'fsdp'\) share mesh axis 'data'",
+        ),
+        (
+            {"sequence": ("sequence", "stage"), "context": "stage"},
+            "context='stage' and sequence=.* share mesh axis 'stage'",
+        ),
+        ({"context": "kontext"}, "context='kontext' is not a mesh axis"),
+    ],
+)
+def test_rules_that_collide_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        jax_mla.ShardingRules(**fields)
+
+
+def test_a_cache_of_other_shares_is_refused(placed, tokens):
+    cache = jax_mla.LatentCache.empty(CONFIG, B, 64, page_size=4)
+    with pytest.raises(ValueError, match=r"num_shares=1, the rules split it over 4 devices"):
+        jax_mla.prefill(placed, CONFIG, tokens, cache, rules=RULES)
+    cache = jax_mla.PagedLatentCache.empty(CONFIG, B * 16, 4, batch=B)
+    message = r"page_table\[0, 1\] is 1, entry 1 of sequence 0 is on devices .* pages 16 to 23"
+    with pytest.raises(ValueError, match=message):
+        jax_mla.prefill(placed, CONFIG, tokens, cache, rules=RULES)
+    cache = jax_mla.PagedLatentCache.empty(CONFIG, 60, 4, batch=B)
+    with pytest.raises(ValueError, match="a cache of 60 pages cannot be split over 8 devices"):
+        jax_mla.prefill(placed, CONFIG, tokens, cache, rules=RULES)
+
+
+def test_positions_that_make_no_equal_stripes_are_refused(placed, mesh):
+    tokens = np.zeros((B, 12), int)
+    message = r"shape \(4, 12\) cannot be split in 8 stripes over 4 devices of mesh axis 'sequence'"
+    with pytest.raises(ValueError, match=message):
+        jax_mla.forward(placed, CONFIG, tokens, rules=RULES)
+    message = "12 tokens of a row cannot be divided in 8 stripes over 4 devices of mesh axis 'seq"
+    with pytest.raises(ValueError, match=message):
+        check_rows(*tokens.shape, recipe=Recipe(num_steps=1), mesh=mesh, rules=RULES)

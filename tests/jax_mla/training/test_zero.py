@@ -1,0 +1,199 @@
+"""The stages of ZeRO as compiled: what a step sends, and what a device must hold."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from kernel_tools import aot
+
+import jax_mla
+from jax_mla import plan, rules
+from jax_mla.training import (
+    Batch,
+    Precision,
+    Recipe,
+    abstract_state,
+    next_token_loss,
+    train_step,
+)
+
+RECIPE = Recipe(num_steps=100, precision=Precision(compute="float32"))
+DEVICES, T = 8, 8
+STAGES = ("ddp", "zero1", "zero2", "zero3")
+IN_THE_SUITE = ("zero3",)  # each of them is ten seconds of compilation
+SOME = [s if s in IN_THE_SUITE else pytest.param(s, marks=pytest.mark.slow) for s in STAGES]
+
+
+@pytest.fixture(scope="module")
+def config(config):
+    """Two MoE layers: a loop of one is no loop, and the two passes share what they gather."""
+    return dataclasses.replace(config, num_hidden_layers=3)
+
+
+def compile_step(config, stage, devices=None):
+    mesh = jax_mla.make_mesh(data=DEVICES, devices=devices)
+    stage_rules = getattr(rules, stage)()
+    like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=stage_rules)
+    rows = jax.sharding.NamedSharding(mesh, stage_rules.spec(("batch", "sequence")))
+    batch = Batch(jax.ShapeDtypeStruct((DEVICES, T), np.int32, sharding=rows))
+    options = {"recipe": RECIPE, "mesh": mesh, "rules": stage_rules}
+    return train_step.lower(like, config, batch, **options).compile()
+
+
+@pytest.fixture(scope="module")
+def compiled(config):
+    return functools.cache(functools.partial(compile_step, config))
+
+
+@pytest.fixture(scope="module")
+def sizes(config):
+    """Bytes of the embedding, of expert weights, of other matrices, and of vectors."""
+    shapes = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config))
+    found = dict.fromkeys(("embedding", "experts", "matrices", "vectors"), 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        name = ".".join(key.key for key in path)
+        kind = "experts" if ".experts." in name else "matrices"
+        kind = "vectors" if name.endswith(("norm.weight", "bias")) else kind
+        found["embedding" if name == "embed_tokens" else kind] += leaf.size * 4
+    return found
+
+
+def sent(compiled):
+    """By kind of collective, in units of (n - 1) / n bytes, which is what a ring sends of each."""
+    found = dict.fromkeys(("all-reduce", "reduce-scatter", "all-gather"), 0.0)
+    for row in jax_mla.explain_collectives(compiled)[0]:
+        if row.kind in found:
+            found[row.kind] += row.bytes_per_device * DEVICES / (DEVICES - 1)
+    return found
+
+
+@pytest.mark.parametrize("stage", SOME)
+def test_what_a_step_sends(stage, compiled, sizes):
+    """Of the parameters' bytes: DDP 2, ZeRO-1 and 2 one more to spread what was updated, ZeRO-3 3.
+
+    XLA's CPU backend never merges an all-reduce and the slice that is kept of it into a
+    reduce-scatter, so what the partitioner reduces costs 2 here where a GPU pays 1; the gradients
+    of experts are scattered by the layer itself. The embedding that is split is looked up where it
+    lies, so that rows are exchanged instead of the table.
+    """
+    found, experts = sent(compiled(stage)), sizes["experts"]
+    matrices = sizes["matrices"] + experts
+    everything = matrices + sizes["embedding"] + sizes["vectors"]
+    reduced = {
+        "ddp": everything,
+        "zero1": everything,
+        "zero2": matrices + sizes["vectors"],
+        "zero3": matrices - experts + sizes["vectors"],
+    }
+    gathered = {"zero1": matrices + sizes["embedding"], "zero3": 2 * matrices}
+    gathered |= {"ddp": 0, "zero2": gathered["zero1"]}
+    small = everything / 100  # counts of tokens by expert, loss, norm, token ids
+    assert found["all-reduce"] == pytest.approx(2 * reduced[stage], abs=small)
+    assert found["all-gather"] == pytest.approx(gathered[stage], abs=small)
+    scattered = experts if stage == "zero3" else 0
+    assert found["reduce-scatter"] == pytest.approx(scattered, abs=small)
+
+
+@pytest.mark.parametrize("chunk_tokens", [T, T // 4])
+def test_chunks_of_the_loss_are_of_one_device(config, chunk_tokens):
+    """Every chunk costs a sum of the head's gradient: their number does not grow with devices."""
+    mesh, layout = jax_mla.make_mesh(data=DEVICES), rules.zero3()
+    like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=layout).params
+    tokens = jax.ShapeDtypeStruct((DEVICES, T), np.int32)
+    options = {"chunk_tokens": chunk_tokens, "rules": layout}
+    traced = jax.jit(lambda p, t: next_token_loss(p, config, t, **options).loss).trace(like, tokens)
+    assert f"f32[{DEVICES},{chunk_tokens},{config.vocab_size}]" in str(traced.jaxpr)
+
+
+@pytest.mark.slow  # a minute each
+@pytest.mark.kernel_aot
+@pytest.mark.parametrize(("stage", "times"), [("ddp", 2), ("zero2", 2), ("zero3", 3)])
+def test_what_a_step_sends_between_gpus(stage, times, config, sizes):
+    """Compiled for H200s, gradients are reduce-scattered: 2, 2 and 3 times the parameters' bytes.
+
+    Less what a split embedding saves: its rows are exchanged, in ZeRO-3 in both passes. The
+    compiler may keep the last weights that the forward pass gathered for the backward pass.
+    """
+    found = sent(compile_step(config, stage, aot.h200_devices(DEVICES)))
+    everything = sum(sizes.values())
+    saved = {"ddp": 0, "zero2": 1, "zero3": 3}[stage] * sizes["embedding"]
+    total, wanted = sum(found.values()), times * everything - saved
+    kept = sizes["embedding"] if stage == "zero3" else 0  # as large as the head
+    assert wanted - kept - everything / 50 <= total <= wanted + everything / 50
+    is_split = stage != "ddp"
+    assert (found["reduce-scatter"] > 0.9 * (everything - sizes["embedding"])) == is_split
+    assert (found["all-reduce"] > everything / 10) == (not is_split)
+
+
+@pytest.mark.parametrize("stage", SOME)
+def test_what_a_device_holds_is_what_was_planned(stage, compiled, config):
+    """Arguments of the compiled step: weights, moments, a row of tokens, and scalars."""
+    planned = plan.training_bytes(config, {"data": DEVICES}, stage)
+    memory = compiled(stage).memory_analysis()
+    scalars = memory.argument_size_in_bytes - planned.parameters - planned.optimizer - T * 4
+    assert 0 <= scalars <= 64
+    # The state that comes out takes the place of the one that went in; gradients lie in between,
+    # whatever else there is.
+    assert memory.alias_size_in_bytes >= planned.parameters + planned.optimizer
+    assert memory.temp_size_in_bytes >= planned.gradients
+
+
+@pytest.mark.slow
+def test_split_gradients_take_less_room(compiled, config):
+    """ZeRO-2 against ZeRO-1: the same arguments, smaller gradients, nothing else changed."""
+    mesh = {"data": DEVICES}
+    whole, split = (plan.training_bytes(config, mesh, s).gradients for s in ("zero1", "zero2"))
+    one, two = (compiled(s).memory_analysis() for s in ("zero1", "zero2"))
+    assert one.argument_size_in_bytes == two.argument_size_in_bytes
+    saved = one.temp_size_in_bytes - two.temp_size_in_bytes
+    assert saved > (whole - split) / 2
+
+
+def shard_bytes(tree):
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+@pytest.mark.parametrize("preset", ["tiny", "v2_lite", "v3", "kimi_k2"])
+@pytest.mark.parametrize("name", list(plan.RECIPES))
+def test_plans_are_what_the_rules_say(name, preset):
+    """The closed form, without jax, against the shardings of the real state."""
+    config = getattr(jax_mla, preset)()
+    axes = {"fsdp": 2, "expert": 2} if name == "dp_attention_ep" else {"data": 2, "tensor": 2}
+    axes |= {"expert": 2}
+    mesh = jax_mla.make_mesh(**axes)
+    for optimizer, param in (("adamw", "float32"), ("muon", "bfloat16")):
+        recipe = Recipe(num_steps=9, optimizer=optimizer, precision=Precision(param=param))
+        like = abstract_state(config, recipe=recipe, mesh=mesh, rules=getattr(rules, name)())
+        found = plan.training_bytes(config, axes, name, param=param, optimizer=optimizer)
+        assert found.parameters == shard_bytes(like.params)
+        assert 0 <= shard_bytes(like.opt_state) - found.optimizer < 200  # counts of steps
+        placed = jax_mla.param_shardings(config, mesh, getattr(rules, name)().gradients())
+        gradients = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=at),
+            like.params,
+            placed,
+        )
+        assert found.gradients == shard_bytes(gradients)
+
+
+def test_an_axis_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="axis 'heads' of size 6 cannot be split over 4 devices"):
+        plan.training_bytes(jax_mla.tiny(), {"tensor": 4}, "tensor_parallel")
+
+
+def test_serving_counts_weights_and_cache():
+    """DeepSeek-V3 in bfloat16: 671 B parameters and 70,272 bytes a token of cache."""
+    config, mesh = jax_mla.v3(), {"expert": 64}
+    found = plan.serving_bytes(config, mesh, "dp_attention_ep", batch=128, memory_bytes=141 * 10**9)
+    routed = 58 * 256 * 3 * 7168 * 2048 * 2
+    whole = plan.serving_bytes(config, {}, "ddp").parameters
+    assert whole == pytest.approx(2 * 671.03e9, rel=1e-3)
+    assert found.parameters == whole - routed + routed // 64
+    assert found.cache_per_token == 70_272 and found.sequences == 2
+    assert found.context_tokens == min((141 * 10**9 - found.parameters) // (2 * 70_272), 163_840)
+    assert plan.serving_bytes(config, {}, "ddp", memory_bytes=10**9).context_tokens == 0
