@@ -27,11 +27,11 @@ from jax_mla.training.state import TrainState, state_shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of tokens; the other two fields as in `next_token_loss`."""
+    """Rows of tokens; the other two fields as in `next_token_loss`. Or several such parts."""
 
-    tokens: Int[Array | np.ndarray, "B T"]
-    segment_ids: Int[Array | np.ndarray, "B T"] | None = None
-    loss_mask: Bool[Array | np.ndarray, "B T"] | None = None
+    tokens: Int[Array | np.ndarray, "*parts B T"]
+    segment_ids: Int[Array | np.ndarray, "*parts B T"] | None = None
+    loss_mask: Bool[Array | np.ndarray, "*parts B T"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -118,11 +118,12 @@ WORKLOADS = [
     for N in (16, 128)
     for causal in (True, False)
     for S in (1024, 4096, 16384, 32768)
-] + [
+]
+WORKLOADS += DETERMINISTIC
+WORKLOADS += [
     _sizes(32768, N=16, G=16, K=192, num_documents=16, is_backward=is_backward)
     for is_backward in (False, True)
 ]
-WORKLOADS += DETERMINISTIC
 SMOKE = [
     _sizes(16384, N=16, G=16, K=K, is_backward=is_backward, deterministic=deterministic)
     for is_backward, deterministic in ((False, False), (True, False), (True, True))

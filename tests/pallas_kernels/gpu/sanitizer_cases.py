@@ -35,6 +35,10 @@ ATTENTION_CASES = [
     flash_attention_matrix.Case(300, K=192, H=128),
     flash_attention_matrix.Case(300, N=4, G=2, causal=False, is_ragged=True),
     flash_attention_matrix.Case(400, num_documents=3, K=64, H=64),
+    *(  # as many tiles of keys as there are multiprocessors: all gradients in one kernel
+        flash_attention_matrix.Case(130, B=66, N=1, G=1, K=K, H=H)
+        for K, H in ((64, 64), (192, 128))
+    ),
 ]
 
 

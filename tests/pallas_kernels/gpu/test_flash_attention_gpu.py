@@ -10,6 +10,8 @@ from kernel_tools import flash_attention_matrix as matrix
 from kernel_tools.flash_attention_matrix import Case
 from numerics import normal
 
+from pallas_kernels.flash_attention.config_sm90 import Problem, is_backward_fused
+
 HEADS = ((64, 64), (128, 128), (192, 128), (256, 256))
 CASES = [
     # Lengths around the borders of tiles, and long ones.
@@ -28,9 +30,21 @@ CASES = [
     *(Case(700, K=K, H=H, deterministic=True) for K, H in HEADS),
 ]
 
+# Enough tiles of keys for one kernel to compute all gradients; the cases above have fewer.
+FUSED_HEADS = HEADS[:3]
+FUSED_CASES = [
+    *(Case(129, B=33, K=K, H=H, causal=causal) for K, H in FUSED_HEADS for causal in (True, False)),
+    *(Case(1000, B=5, N=8, G=4, K=K, H=H) for K, H in FUSED_HEADS),
+    *(Case(900, T=333, B=9, K=K, H=H) for K, H in FUSED_HEADS),
+    *(Case(700, B=12, K=K, H=H, is_ragged=True) for K, H in FUSED_HEADS),
+    *(Case(1000, B=9, K=K, H=H, num_documents=7) for K, H in FUSED_HEADS),
+    *(Case(500, B=17, K=K, H=H, dtype="float16") for K, H in FUSED_HEADS),
+    *(Case(16384, B=1, K=K, H=H) for K, H in FUSED_HEADS),
+]
+
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *FUSED_CASES], ids=str)
 def test_kernel_equals_float32(case):
     matrix.check_attention("mosaic_gpu", case)
 
@@ -44,6 +58,14 @@ def test_deterministic_gradients_are_the_same_bits_every_time(K, H):
     first, *others = [run(inputs, cotangents) for _ in range(3)]
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+def test_these_cases_are_fused_on_an_h200(case):
+    T = case.T or case.S
+    sizes = case.B, T, case.S, case.N, case.G, case.K, case.H
+    problem = Problem(*sizes, case.causal, 0.1, offset=case.S - T)
+    assert is_backward_fused(problem, case.deterministic, num_sms=132)
 
 
 SMALL = functools.partial(Case, K=24, H=16)
