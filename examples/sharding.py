@@ -1,6 +1,7 @@
 """The same forward pass and loss under six layouts, on eight virtual devices of a CPU.
 
-Prints where the parameters lie, what a step sends between devices, and that the loss is the same.
+Prints where the parameters lie, what the loss sends between devices (gradients would send more),
+and that it is the same.
 """
 
 import dataclasses
@@ -33,17 +34,17 @@ def main():
     for name, (sizes, layout) in LAYOUTS.items():
         mesh = jax_mla.make_mesh(**sizes)
         placed = jax.device_put(params, jax_mla.param_shardings(config, mesh, layout))
-        step = jax.jit(
+        loss = jax.jit(
             lambda p, layout=layout: next_token_loss(p, config, tokens, rules=layout).loss
         )
-        compiled = step.lower(placed).compile()
+        compiled = loss.lower(placed).compile()
         rows, _ = jax_mla.explain_sharding(placed, config)
         sent, _ = jax_mla.explain_collectives(compiled)
         kinds = ", ".join(sorted({row.kind for row in sent})) or "nothing"
         print(
             f"{name:18} loss {compiled(placed):.6f}; a device holds "
             f"{sum(row.bytes_per_device for row in rows) / 1e6:5.2f} MB of parameters and sends "
-            f"{sum(row.bytes_per_device for row in sent) / 1e6:5.2f} MB a step: {kinds}"
+            f"{sum(row.bytes_per_device for row in sent) / 1e6:5.2f} MB: {kinds}"
         )
 
     print("\nTensor parallelism, tensor by tensor:")

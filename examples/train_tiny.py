@@ -63,7 +63,8 @@ test = rows(read(HELD_OUT), args.batch)
 batches = [test.batch(i).tokens for i in range(test.num_rows // args.batch)]
 options = {"rules": where.get("rules")}
 held_out = np.mean([next_token_loss(params, config, t, **options).loss for t in batches])
-print(f"held out: {held_out / np.log(2):.4f} bits/byte over {len(batches) * args.batch} rows")
+what = "trained on" if args.text == HELD_OUT else "held out"
+print(f"{what}: {held_out / np.log(2):.4f} bits/byte over {len(batches) * args.batch} rows")
 if args.out:  # the router's bias stays float32
     narrow = Precision(param="bfloat16").to_param(params)
     jax_mla.save(args.out, narrow, config, max_shard_bytes=4_000_000)

@@ -64,6 +64,7 @@ def check_params(
     layers: tuple[int, int] | None = None,
 ) -> None:
     """The parameters have the names and shapes that the config asks for."""
+    inputs.check_config(config)
     _, abstract = _split_abstract(config, placement_of(params, rules), layers)
     inputs.check_params(params, nnx.to_pure_dict(abstract))
 

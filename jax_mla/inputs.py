@@ -15,8 +15,14 @@ from jax_mla.config import DTYPES, DeepSeekConfig
 from jax_mla.sharding import Placement
 
 
+def check_config(config) -> None:
+    if not isinstance(config, DeepSeekConfig):
+        raise ValueError(f"config must be a DeepSeekConfig, got {type(config).__name__}")
+
+
 def check_tokens(tokens, config: DeepSeekConfig, *, num_axes: tuple[int, ...] = (2,)) -> jax.Array:
     """Token ids as int32, all of them within the vocabulary."""
+    check_config(config)
     tokens = as_array("tokens", tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers, got dtype {tokens.dtype}")

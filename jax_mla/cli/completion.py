@@ -57,6 +57,9 @@ def complete(
 
     if show is not None and len(prompts) != 1:
         raise ValueError(f"streaming takes one prompt, got {len(prompts)}")
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(f"the prompt {prompt!r} is not UTF-8")
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, row in zip(prompts, ids, strict=True):
         if not row:

@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,31 +27,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--separate-documents", action="store_true", help="tokens see their own document only"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="checkpoints, metrics, the model"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole step")
-    parser.add_argument("--steps", type=positive, required=True)
+    parser.add_argument("--steps", type=positive, required=True, help="of the whole run")
     parser.add_argument("--batch", type=positive, required=True, help="rows of a step")
     parser.add_argument("--seq", type=positive, required=True, help="tokens of a row")
     parser.add_argument("--micro-batches", type=positive, default=1, help="parts of a batch")
-    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
-    parser.add_argument("--final-lr", type=float, default=0.0)
-    parser.add_argument("--schedule", choices=("cosine", "wsd"), default="cosine")
+    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate (3e-4)")
+    parser.add_argument("--final-lr", type=float, default=0.0, help="of the last step (0)")
+    parser.add_argument(
+        "--schedule", choices=("cosine", "wsd"), default="cosine",
+        help="how the rate falls: along a cosine (default), or in the last steps only",
+    )  # fmt: skip
     parser.add_argument("--warmup", type=int, metavar="STEPS", help="1 %% of the steps without it")
     parser.add_argument("--decay", type=int, metavar="STEPS", help="of wsd; 20 %% without it")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--z-loss", type=float, default=0.0)
-    parser.add_argument("--balance-loss", type=float, default=0.0)
-    parser.add_argument("--router-bias-rate", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="adamw")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (0.1)")
+    parser.add_argument("--z-loss", type=float, default=0.0, help="factor (0)")
+    parser.add_argument("--balance-loss", type=float, default=0.0, help="factor (0)")
+    parser.add_argument("--router-bias-rate", type=float, default=1e-3, help="a step (1e-3)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16",
         help="of the computation; weights and their optimizer stay float32",
     )  # fmt: skip
-    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    parser.add_argument(
+        "--remat", choices=("none", "dots", "full"), default="none",
+        help="what the backward pass computes again: nothing (default), all but matmuls, blocks",
+    )  # fmt: skip
     layout.add_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=positive, default=1000, metavar="STEPS")
-    parser.add_argument("--keep", type=positive, default=3, help="saved steps to keep")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order of rows (0)")
+    parser.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="1000")
+    parser.add_argument("--keep", type=positive, default=3, help="saved steps to keep (3)")
     parser.add_argument(
         "--export-dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the model that a finished run leaves; its router's bias stays float32",
@@ -82,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         separator=_separator(args, config),
     )
+    args.out.mkdir(parents=True, exist_ok=True)  # before anything takes long
     with (
         Checkpoints(args.out / "checkpoints", keep=args.keep, in_background=True) as checkpoints,
         Metrics(args.out / "metrics.jsonl", config, args.seq, args.steps, args.json) as metrics,
@@ -155,6 +165,7 @@ class Signals:
     def _notice(self, number: int, _: object) -> None:
         self.name = signal.Signals(number).name
         signal.signal(number, self._before[number])
+        print(f"{self.name}: saves and exits after this step; once more: at once", file=sys.stderr)
 
 
 def _recipe(args: argparse.Namespace) -> "Recipe":
@@ -181,7 +192,11 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
 def _config(name: str) -> DeepSeekConfig:
     from jax_mla.checkpoint.folder import read_json
 
-    return tiny() if name == "tiny" else DeepSeekConfig.from_hf(read_json(Path(name)))
+    if name == "tiny":
+        return tiny()
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"--config takes a config.json or `tiny`, and {name} is no file")
+    return DeepSeekConfig.from_hf(read_json(Path(name)))
 
 
 def _tokenizer(args: argparse.Namespace, config: DeepSeekConfig) -> Any:

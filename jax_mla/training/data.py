@@ -33,10 +33,11 @@ class TokenRows:
         every token see its whole row, as DeepSeek-V3 was trained.
 
     Raises:
-      ValueError: no run is as long as a row, or a batch holds an id outside the vocabulary.
+      ValueError: a run is not one axis of integers, none is as long as a row, or a batch holds
+        an id outside the vocabulary.
     """
 
-    runs: Sequence[np.ndarray]
+    runs: Sequence[np.ndarray] = dataclasses.field(repr=False)
     batch_rows: int
     row_tokens: int
     vocab_size: int
@@ -44,6 +45,12 @@ class TokenRows:
     separator: int | None = None
 
     def __post_init__(self) -> None:
+        for run in [self.runs] if isinstance(self.runs, np.ndarray) else self.runs:
+            kind = f"{getattr(run, 'dtype', type(run).__name__)} of shape {np.shape(run)}"
+            if self.runs is run or not isinstance(run, np.ndarray) or run.ndim != 1:
+                raise ValueError(f"runs must be a list of arrays of one axis, got {kind}")
+            if not np.issubdtype(run.dtype, np.integer):
+                raise ValueError(f"a run must hold token ids, which are integers, got {kind}")
         if self.batch_rows < 1 or self.row_tokens < 2:
             raise ValueError(
                 f"a batch needs at least 1 row of 2 tokens, got {self.batch_rows} rows of "
@@ -81,8 +88,9 @@ class TokenRows:
         first = index * self.batch_rows
         numbers = [self._row_number(first + i) for i in range(self.batch_rows)]
         tokens = np.stack([self._row(number) for number in numbers])
-        if (largest := tokens.max()) >= self.vocab_size:
-            raise ValueError(f"token id {largest} is outside the vocabulary of {self.vocab_size}")
+        for worst in (tokens.min(), tokens.max()):
+            if not 0 <= worst < self.vocab_size:
+                raise ValueError(f"token id {worst} is outside the vocabulary of {self.vocab_size}")
         if self.separator is None:
             return Batch(tokens)
         is_end = tokens[:, :-1] == self.separator

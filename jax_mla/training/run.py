@@ -76,7 +76,10 @@ def train(
     on_notice: Callable[[str], None] = print,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
-    """Trains for `recipe.num_steps` batches; deterministic, and so is a run that was interrupted.
+    """Trains for `recipe.num_steps` batches; a run that was interrupted goes on where it was.
+
+    On a CPU equal calls give equal bits, interrupted or not. On a Hopper GPU the last bits vary,
+    where flash attention's backward pass adds up in the order of time.
 
     Args:
       data: batch i is that of step i.

@@ -258,6 +258,10 @@ def with_table(table, cached=0, new=16):
 
 
 BAD = {
+    "swapped": (
+        lambda p, t, c: jax_mla.forward(CONFIG, p, t),
+        "config must be a DeepSeekConfig, got dict",
+    ),
     "a_page_twice_in_a_row": (
         with_table([[0, 0], [2, 3], [4, 5]]),
         r"page_table\[0, 0\] and page_table\[0, 1\] are both page 0, which would be written",

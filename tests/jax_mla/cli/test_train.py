@@ -100,13 +100,14 @@ def test_mesh_axes():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_signal_is_noticed_and_the_second_obeyed(number):
+def test_a_signal_is_noticed_and_the_second_obeyed(number, capsys):
     before = signal.signal(number, signal.default_int_handler)
     try:
         with Signals() as signals:
             assert not signals.came()
             os.kill(os.getpid(), number)
             assert signals.came() and signals.name == number.name
+            assert f"{number.name}: saves and exits after this step" in capsys.readouterr().err
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
         assert signal.getsignal(number) is signal.default_int_handler

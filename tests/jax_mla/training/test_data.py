@@ -105,3 +105,23 @@ def test_bad_sizes_are_refused():
     data = dataclasses.replace(rows([np.arange(9, dtype=np.uint16)]), vocab_size=5)
     with pytest.raises(ValueError, match="token id 8 is outside the vocabulary of 5"):
         data.batch(0)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([np.ones(9)], "token ids, which are integers, got float64 of shape \\(9,\\)"),
+        ([[1, 2, 3, 4, 5]], "must be a list of arrays of one axis, got list of shape \\(5,\\)"),
+        (np.arange(9), "must be a list of arrays of one axis, got int64 of shape \\(9,\\)"),
+        ([np.ones((3, 3), int)], "arrays of one axis, got int64 of shape \\(3, 3\\)"),
+    ],
+    ids=["floats", "list", "one_array", "two_axes"],
+)
+def test_what_are_no_runs_of_tokens_is_refused(runs, message):
+    with pytest.raises(ValueError, match=message):
+        rows(runs)
+
+
+def test_a_negative_id_is_refused():
+    with pytest.raises(ValueError, match="token id -1 is outside the vocabulary of 1000"):
+        rows([np.array([1, 2, -1, 3, 4])]).batch(0)
