@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from jax_mla.checkpoint.names import Leaf, leaves_of
 from jax_mla.config import DeepSeekConfig
 
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "stage", "sequence")  # as `jax_mla.sharding` has
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Split = Mapping[str, tuple[str, ...]]  # the mesh axes that split a logical axis
 
@@ -38,6 +39,7 @@ class Recipe:
     gradients: Split
     optimizer: Split
     batch: tuple[str, ...] = ("data", "fsdp")
+    context: tuple[str, ...] = ()  # of each sequence's cache
 
 
 _WHOLE: Split = {}
@@ -52,6 +54,7 @@ RECIPES = {
     "zero2": Recipe(_WHOLE, _ZERO, _ZERO),
     "zero3": Recipe(_ZERO, _ZERO, _ZERO),
     "tensor_parallel": Recipe(_TENSOR, _TENSOR, _TENSOR),
+    "context_parallel": Recipe(_WHOLE, _WHOLE, _WHOLE, context=("sequence",)),
     "dp_attention_ep": Recipe(_EXPERT, _EXPERT, _EXPERT, batch=("data", "fsdp", "expert")),
 }
 
@@ -74,6 +77,7 @@ class ServingBytes:
     """What one device holds of the weights, and of the cache for each token of each sequence.
 
     Attributes:
+      cache_per_token: where devices share a sequence's cache, the mean over its tokens.
       sequences: those whose cache is on the device.
       context_tokens: that fit beside the weights, of every sequence; None without a memory size.
     """
@@ -104,9 +108,10 @@ def training_bytes(
       param, reduce: as in `training.Precision`; moments are in the dtype of the weights.
 
     Raises:
-      ValueError: a mesh axis does not divide the axis that it is to split.
+      ValueError: a mesh axis does not divide the axis that it is to split, or there is no such
+        recipe, axis or size.
     """
-    split, parameters, gradients, moments = RECIPES[recipe], 0, 0, 0
+    split, parameters, gradients, moments = _recipe(recipe, mesh), 0, 0, 0
     for leaf in leaves_of(config):
         size = DTYPE_BYTES["float32" if leaf.is_always_float32 else param]
         parameters += size * _share(leaf, split.parameters, mesh)
@@ -131,20 +136,41 @@ def serving_bytes(
       memory_bytes: of a device; activations and the compiler's workspace are not counted.
 
     Raises:
-      ValueError: a mesh axis does not divide the axis that it is to split.
+      ValueError: a mesh axis does not divide the axis that it is to split, or there is no such
+        recipe, axis or size.
     """
-    split, dtype_bytes = RECIPES[recipe], DTYPE_BYTES[config.dtype]
+    _check_positive(batch=batch)
+    split, dtype_bytes = _recipe(recipe, mesh), DTYPE_BYTES[config.dtype]
     parameters = sum(
         (4 if leaf.is_always_float32 else dtype_bytes) * _share(leaf, split.parameters, mesh)
         for leaf in leaves_of(config)
     )
-    sequences = -(-batch // math.prod(mesh.get(axis, 1) for axis in split.batch))
+    sequences, shares = (
+        math.prod(mesh.get(axis, 1) for axis in axes) for axes in (split.batch, split.context)
+    )
+    sequences = -(-batch // sequences)
     per_token = config.num_hidden_layers * config.cache_row_dim * dtype_bytes
     context = None
     if memory_bytes is not None:
-        context = max(memory_bytes - parameters, 0) // (per_token * sequences)
+        context = max(memory_bytes - parameters, 0) * shares // (per_token * sequences)
         context = min(context, config.max_position_embeddings)
-    return ServingBytes(parameters, per_token, sequences, context)
+    return ServingBytes(parameters, -(-per_token // shares), sequences, context)
+
+
+def _recipe(name: str, mesh: Mapping[str, int]) -> Recipe:
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r} is not one of {', '.join(RECIPES)}")
+    for axis, size in mesh.items():
+        if axis not in MESH_AXES:
+            raise ValueError(f"{axis!r} is not a mesh axis, those are {', '.join(MESH_AXES)}")
+        _check_positive(**{axis: size})
+    return RECIPES[name]
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
 def _share(leaf: Leaf, split: Split, mesh: Mapping[str, int]) -> int:

@@ -156,7 +156,7 @@ class ShardingRules:
             return None
         if isinstance(axis, tuple):
             return tuple(name for part in axis for name in _as_tuple(self._mesh_axes(part)))
-        if not hasattr(self, axis):
+        if axis not in {field.name for field in dataclasses.fields(self)}:
             raise ValueError(f"logical axis {axis!r} has no rule in {self}")
         return getattr(self, axis)
 

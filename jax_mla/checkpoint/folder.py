@@ -38,9 +38,7 @@ def open_folder(path: str | os.PathLike[str]) -> CheckpointFolder:
       ValueError: a file is malformed, or the index and the shards disagree.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a local folder; nothing is ever downloaded")
-    config = read_json(path / "config.json")
+    config = read_config(path)
     if (path / SINGLE).is_file():
         return CheckpointFolder(path, config, read_header(path / SINGLE))
     if (path / INDEX).is_file():
@@ -51,6 +49,13 @@ def open_folder(path: str | os.PathLike[str]) -> CheckpointFolder:
             f"convert them to safetensors first"
         )
     raise FileNotFoundError(f"{path} holds neither {SINGLE} nor {INDEX}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The dict of a folder's config.json."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a local folder; nothing is ever downloaded")
+    return read_json(path / "config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jax_mla.checkpoint.folder import open_folder
+from jax_mla.checkpoint.folder import read_config
 from jax_mla.cli import completion, layout, processes, report
 from jax_mla.config import DeepSeekConfig
 from jax_mla.tokenizer import load_tokenizer
@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.stream and args.json:
         raise ValueError("--stream and --json exclude each other")
-    folder = open_folder(args.model)
-    tokenizer = load_tokenizer(args.model, DeepSeekConfig.from_hf(folder.config))
+    tokenizer = load_tokenizer(args.model, DeepSeekConfig.from_hf(read_config(args.model)))
     processes.join(args)
     mesh, rules = layout.build(args)
     import jax_mla

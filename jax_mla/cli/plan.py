@@ -100,6 +100,7 @@ def _splits(recipe: str, mesh: dict[str, int], is_training: bool) -> bool:
     split = plan.RECIPES[recipe]
     counted = split.optimizer if is_training else split.parameters
     axes = {axis for names in counted.values() for axis in names}
+    axes |= set() if is_training else set(split.context)
     return recipe == "ddp" or any(mesh.get(axis, 1) > 1 for axis in axes)
 
 

@@ -115,7 +115,8 @@ def _step_of(line: str) -> float:
 
 def _text(row: dict[str, Any]) -> str:
     mfu = "" if row["mfu"] is None else f"  {row['mfu']:.1%} MFU"
-    return f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
+    dropped = f"  {row['num_dropped']:,} choices dropped" if row["num_dropped"] else ""
+    return f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}{dropped}"
 
 
 def _open_bar(num_steps: int) -> Progress:

@@ -78,6 +78,8 @@ def count_dropped(
 ) -> Int[Array, ""]:
     """How many of a layer's (token, expert) pairs `apply_on_mesh` leaves out, on all devices."""
     axes, capacity = _Axes.of(expert_index, placement), placement.rules.expert_capacity
+    if not axes.expert:  # nothing is sent
+        return jnp.zeros((), jnp.int32)
     num_devices = placement.num_shards("expert")
     own_experts = num_experts // num_devices
 

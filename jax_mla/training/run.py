@@ -39,6 +39,7 @@ class StepReport:
       tokens_per_second: of all tokens of the batch.
       largest_load: tokens of the busiest expert over the mean, in the worst layer; None without
         experts.
+      num_dropped: (token, expert) pairs left out for want of capacity; None without a capacity.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepReport:
     num_tokens: int
     is_skipped: bool
     largest_load: float | None
+    num_dropped: int | None
     seconds: float
     tokens_per_second: float
 
@@ -199,6 +201,7 @@ def _report(
         num_tokens=int(metrics.num_tokens),
         is_skipped=bool(metrics.is_skipped),
         largest_load=largest,
+        num_dropped=None if metrics.num_dropped is None else int(metrics.num_dropped),
         seconds=seconds,
         tokens_per_second=batch_tokens / seconds,
     )

@@ -313,6 +313,12 @@ def test_the_router_reports_dropped_choices(rng):
     assert routing.num_dropped == dropped_of(routing.expert_index, 0.5) > 0
 
 
+def test_nothing_is_dropped_where_nothing_is_sent():
+    recipe = dataclasses.replace(rules.dp_attention_ep(), expert_capacity=0.5)
+    place = Placement(jax_mla.make_mesh(data=2).abstract_mesh, recipe)
+    assert count_dropped(jnp.zeros((2, 3, 2), jnp.int32), E, place) == 0
+
+
 @pytest.mark.slow
 def test_forward_trace_and_loss_report_dropped_choices():
     recipe = dataclasses.replace(rules.dp_attention_ep(), expert_capacity=0.5)

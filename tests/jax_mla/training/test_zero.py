@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 
 import jax
@@ -11,6 +12,7 @@ from kernel_tools import aot
 
 import jax_mla
 from jax_mla import plan, rules
+from jax_mla.sharding import MESH_AXES
 from jax_mla.training import (
     Batch,
     Precision,
@@ -184,6 +186,37 @@ def test_plans_are_what_the_rules_say(name, preset):
 def test_an_axis_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="axis 'heads' of size 6 cannot be split over 4 devices"):
         plan.training_bytes(jax_mla.tiny(), {"tensor": 4}, "tensor_parallel")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "recipe", "batch", "message"),
+    [
+        ({"dta": 8}, "zero3", 1, "'dta' is not a mesh axis, those are data, fsdp,"),
+        ({"data": 0}, "zero3", 1, "data must be an integer of at least 1, got 0"),
+        ({}, "zero4", 1, "recipe 'zero4' is not one of ddp, zero1,"),
+        ({}, "ddp", 0, "batch must be an integer of at least 1, got 0"),
+    ],
+    ids=["axis", "size", "recipe", "batch"],
+)
+def test_what_cannot_be_planned_is_refused(mesh, recipe, batch, message):
+    with pytest.raises(ValueError, match=message):
+        plan.serving_bytes(jax_mla.tiny(), mesh, recipe, batch=batch, memory_bytes=10**9)
+
+
+def test_names_are_those_of_the_rules():
+    published = {name for name, value in vars(rules).items() if inspect.isfunction(value)}
+    assert set(plan.RECIPES) == published and plan.MESH_AXES == MESH_AXES
+
+
+def test_devices_share_the_cache_of_a_sequence():
+    config, memory = jax_mla.v3(), 2 * 10**12
+    options = {"memory_bytes": memory, "batch": 100}
+    one = plan.serving_bytes(config, {}, "context_parallel", **options)
+    eight = plan.serving_bytes(config, {"sequence": 8}, "context_parallel", **options)
+    assert one.cache_per_token == 70_272 == 8 * eight.cache_per_token
+    room = memory - one.parameters
+    assert one.context_tokens == room // (100 * 70_272) and one.parameters == eight.parameters
+    assert eight.context_tokens == min(8 * room // (100 * 70_272), 163_840)
 
 
 def test_serving_counts_weights_and_cache():
