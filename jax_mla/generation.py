@@ -20,7 +20,7 @@ from jax_mla.cache import DEFAULT_PAGE_SIZE, LatentCache, advance
 from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params, bind, check_params
 from jax_mla.sampling import sample
-from jax_mla.sharding import ShardingRules, placement_of
+from jax_mla.sharding import Placement, ShardingRules, placement_of
 
 
 @jax.tree_util.register_dataclass
@@ -94,9 +94,9 @@ def generate(
     eos = _ends(config.eos_token_id if eos_token_ids is None else eos_token_ids)
     pad = config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
     max_new_tokens = int(max_new_tokens)
-    prompt_bucket, new_bucket = _bucket(tokens.shape[1]), _bucket(max_new_tokens)
-    tokens = _pad(tokens, prompt_bucket)
-    inputs.check_split(tokens, placement_of(params, rules))
+    placement, new_bucket = placement_of(params, rules), _bucket(max_new_tokens)
+    inputs.check_split(tokens, placement, ("batch",))
+    tokens = _pad(tokens, _prompt_bucket(tokens.shape[1], placement))
     limit = jnp.asarray(max_new_tokens, jnp.int32)
 
     run = _Run(config, rules, eos, pad)
@@ -209,6 +209,12 @@ def _bucket(size: int) -> int:
         return max(DEFAULT_PAGE_SIZE, 1 << (size - 1).bit_length())
     step = 1 << ((size - 1).bit_length() - 3)
     return -(-size // step) * step
+
+
+def _prompt_bucket(size: int, placement: Placement | None) -> int:
+    """The bucket, rounded up to what the mesh can split."""
+    parts = 1 if placement is None else placement.num_parts("sequence")
+    return -(-_bucket(size) // parts) * parts
 
 
 # Out of jit both work on the host: as operations of a device each would compile a program a length.

@@ -88,6 +88,22 @@ def check_aligned(tokens: jax.Array, config: DeepSeekConfig, positions, segment_
     return positions, None if segment_ids is None else as_int32("segment_ids", segment_ids)
 
 
+def check_batch(
+    tokens, config: DeepSeekConfig, segment_ids, loss_mask
+) -> tuple[jax.Array, jax.Array | None]:
+    """Tokens and segment ids of a batch to be trained on, as int32; None stays None."""
+    tokens = check_tokens(tokens, config)
+    _, segment_ids = check_aligned(tokens, config, None, segment_ids)
+    check_same_shape(tokens, loss_mask=loss_mask)
+    if loss_mask is not None and (dtype := jnp.result_type(loss_mask)) != np.bool_:
+        raise ValueError(f"loss_mask must be true or false, got dtype {dtype}")
+    if tokens.shape[1] < 2:
+        raise ValueError(
+            f"a loss needs at least 2 tokens a row, got tokens of shape {tokens.shape}"
+        )
+    return tokens, segment_ids
+
+
 def check_lengths(lengths, tokens: jax.Array) -> jax.Array:
     """Valid tokens of each row; all of them when None."""
     batch, num_tokens = tokens.shape

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jax_mla import inputs
-from jax_mla.functional import Params
+from jax_mla.functional import Params, check_params
 from jax_mla.pipeline import programs
 from jax_mla.pipeline.schedule import Schedule, one_f_one_b
 from jax_mla.pipeline.stages import Pipeline
@@ -96,15 +96,16 @@ def loss_and_gradients(
         the time includes compilation.
 
     Raises:
-      ValueError: rows cannot be divided into micro-batches or over a stage's devices, or the
-        schedule is one for other numbers.
+      ValueError: the batch is none for `next_token_loss`, rows cannot be divided into micro-batches
+        or over a stage's devices, the schedule is one for other numbers, or the parameters are not
+        those of the stages or not on their devices.
 
     Cost: two forward passes and one backward pass of every micro-batch, of which a bubble comes on
     top; between two stages B * T * D numbers go there and as many back.
     """
-    tokens = inputs.check_tokens(batch.tokens, pipeline.config)
-    inputs.check_aligned(tokens, pipeline.config, None, batch.segment_ids)
-    inputs.check_same_shape(tokens, loss_mask=batch.loss_mask)
+    tokens, _ = inputs.check_batch(
+        batch.tokens, pipeline.config, batch.segment_ids, batch.loss_mask
+    )
     num_rows, num_parts = tokens.shape[0], recipe.num_micro_batches
     check_rows(*tokens.shape, recipe=recipe, mesh=pipeline.meshes[0], rules=pipeline.rules)
     plan = schedule(pipeline.num_stages, num_parts)
@@ -113,6 +114,7 @@ def loss_and_gradients(
             f"the schedule is for {plan.num_stages} stages and {plan.num_micro_batches} "
             f"micro-batches, the pipeline has {pipeline.num_stages} and the recipe {num_parts}"
         )
+    _check_params(params, pipeline)
     batch = jax.tree.map(np.asarray, batch)
     num_tokens = np.asarray(counted(batch.tokens, batch.segment_ids, batch.loss_mask).sum())
     scales = [np.float32(1)] * plan.num_stages if loss_scales is None else loss_scales
@@ -129,6 +131,27 @@ def loss_and_gradients(
         loads=tuple(of_stage.load for of_stage in sums),
         execution=run.execution(plan),
     )
+
+
+def _check_params(params: Sequence[Params], pipeline: Pipeline) -> None:
+    """Every stage has parameters: its own, on its own devices."""
+    if len(params) != pipeline.num_stages:
+        raise ValueError(
+            f"parameters of {len(params)} stages were given, the pipeline has {pipeline.num_stages}"
+        )
+    for stage, of_stage in enumerate(params):
+        layers, devices = pipeline.layers[stage], set(pipeline.meshes[stage].devices.flat)
+        try:
+            check_params(of_stage, pipeline.config, pipeline.rules, layers)
+        except ValueError as error:
+            raise ValueError(f"stage {stage} of layers {layers}: {error}") from None
+        for leaf in jax.tree.leaves(of_stage):
+            found = leaf.devices() if isinstance(leaf, jax.Array) else set()
+            if found != devices:
+                ids, needed = (sorted(device.id for device in of) for of in (found, devices))
+                raise ValueError(
+                    f"parameters of stage {stage} are on devices {ids}, the stage has {needed}"
+                )
 
 
 class _Run:

@@ -16,7 +16,7 @@ from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params, bind
 from jax_mla.layers.block import Remat
 from jax_mla.layers.moe import Routing
-from jax_mla.sharding import ShardingRules
+from jax_mla.sharding import ShardingRules, placement_of
 from jax_mla.training.precision import Precision
 from jax_mla.training.router_bias import expert_load
 
@@ -89,25 +89,21 @@ def next_token_loss(
       precision: None computes in the dtype of the parameters.
       remat: what of each block the backward pass computes again: "none", "dots" (all but the
         outputs of projections) or "full".
-      chunk_tokens: tokens of a device whose logits exist at one time, here and in the backward
-        pass, which computes them again. Devices add up the head's gradient anew for every chunk.
+      chunk_tokens: the most tokens of a device whose logits exist at one time, here and in the
+        backward pass, which computes them again; but at least one position of every row. Devices
+        add up the head's gradient anew for every chunk.
       rules: those by which the parameters lie on their mesh; None takes the defaults.
 
     Raises:
       ValueError: rows hold fewer than 2 tokens, shapes disagree, segment ids are not integers, the
-        mask is not of booleans, or chunk_tokens is below 1.
+        mask is not of booleans, chunk_tokens is below 1, or the mesh does not divide the rows or
+        their positions.
 
-    Cost: that of `forward`, and chunk_tokens * V float32 numbers instead of its logits.
+    Cost: that of `forward`, and chunk_tokens * V float32 numbers a device instead of its logits, or
+    those of one position of every row where that is more.
     """
-    tokens = inputs.check_tokens(tokens, config)
-    _, segment_ids = inputs.check_aligned(tokens, config, None, segment_ids)
-    inputs.check_same_shape(tokens, loss_mask=loss_mask)
-    if loss_mask is not None and (dtype := jnp.result_type(loss_mask)) != np.bool_:
-        raise ValueError(f"loss_mask must be true or false, got dtype {dtype}")
-    if tokens.shape[1] < 2:
-        raise ValueError(
-            f"a loss needs at least 2 tokens a row, got tokens of shape {tokens.shape}"
-        )
+    tokens, segment_ids = inputs.check_batch(tokens, config, segment_ids, loss_mask)
+    inputs.check_split(tokens, placement_of(params, rules))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     options = {
@@ -219,7 +215,7 @@ def sequence_balance(routing: Routing) -> Float[Array, " B"]:
 def _summed_over_chunks(head, x, labels, is_counted, chunk_tokens) -> tuple[Array, Array]:
     """Sums of -log p(label) and of lse ** 2; only a chunk's logits exist at one time."""
     batch, num_positions, _ = x.shape
-    num_chunks = min(-(-batch * num_positions // chunk_tokens), num_positions)
+    num_chunks = -(-num_positions // max(1, chunk_tokens // batch))
 
     def split(a):
         # Chunk i takes the positions i, i + num_chunks, ...: where T is spread over devices, each

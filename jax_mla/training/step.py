@@ -14,6 +14,7 @@ from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_mla import inputs
 from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params, param_shardings
 from jax_mla.sharding import Placement, ShardingRules
@@ -74,14 +75,18 @@ def train_step(
     tokens of the batch. The router's bias moves once, by the load of the whole batch.
 
     Args:
-      batch: see `place_batch` for putting it on a mesh.
+      batch: see `place_batch` for putting it on a mesh, which also looks at token ids: here, under
+        jit, only shapes and dtypes can be checked.
       mesh: constrains gradients to `rules.gradients()` and the new state to where the old one
         was; None for a single device.
 
     Raises:
-      ValueError: the rows cannot be divided by the micro-batches and the devices of `rules.batch`.
+      ValueError: shapes or dtypes of the batch are not as in `next_token_loss`, the rows cannot be
+        divided by the micro-batches and the devices of `rules.batch`, or the mesh has stages.
     """
     rules = ShardingRules() if rules is None else rules
+    tokens, ids = inputs.check_batch(batch.tokens, config, batch.segment_ids, batch.loss_mask)
+    batch = Batch(tokens, ids, batch.loss_mask)
     check_rows(*batch.tokens.shape, recipe=recipe, mesh=mesh, rules=rules)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
     num_tokens = counted(batch.tokens, batch.segment_ids, batch.loss_mask).sum()
@@ -145,12 +150,25 @@ def objective(
     return total + recipe.balance_loss * sums.balance / num_rows
 
 
-def place_batch(batch: Batch, mesh: Mesh | None, rules: ShardingRules | None = None) -> Batch:
+def place_batch(
+    batch: Batch,
+    mesh: Mesh | None,
+    rules: ShardingRules | None = None,
+    *,
+    config: DeepSeekConfig | None = None,
+) -> Batch:
     """Puts the rows of a batch on the devices of `rules.batch`, or on one without a mesh.
 
     Args:
       batch: the whole of it, in every process.
+      config: of the model that is to read it, whose vocabulary must have its token ids; None for a
+        batch that was checked, as those of `TokenRows` are.
+
+    Raises:
+      ValueError: there is a config, and the batch is none for `next_token_loss`.
     """
+    if config is not None:
+        inputs.check_batch(batch.tokens, config, batch.segment_ids, batch.loss_mask)
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
     rules = ShardingRules() if rules is None else rules
@@ -226,12 +244,17 @@ def check_rows(
     mesh: Mesh | None,
     rules: ShardingRules | None,
 ) -> None:
-    """A batch can be divided into micro-batches, and those over the devices."""
+    """A batch can be divided into micro-batches, and those over a mesh, which has no stages."""
     num_parts = recipe.num_micro_batches
     if num_rows % num_parts:
         raise ValueError(f"{num_rows} rows cannot be divided into {num_parts} micro-batches")
     if mesh is None:
         return
+    if (num_stages := mesh.shape.get("stage", 1)) > 1:
+        raise ValueError(
+            f"train_step needs a mesh with stage=1, got stage={num_stages}, each of which would "
+            "compute all layers: pipeline_train_step is for stages"
+        )
     place = Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
     for axis, size, what in (
         ("batch", num_rows // num_parts, "rows of a micro-batch"),

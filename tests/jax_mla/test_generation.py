@@ -161,6 +161,20 @@ def test_buckets(size, bucket):
     assert generation._bucket(size) == bucket
 
 
+def test_prompts_in_stripes_equal_forward(params, prompts, greedy):
+    """On three devices, which divide no bucket, nor prompts of 9 tokens into six stripes."""
+    rules, mesh = jax_mla.rules.context_parallel(), jax_mla.make_mesh(sequence=3)
+    placed = jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, rules))
+    np.testing.assert_array_equal(run(placed, prompts, rules=rules).tokens, greedy)
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused_as_they_were_given(params, prompts):
+    rules, mesh = jax_mla.rules.ddp(), jax_mla.make_mesh(data=2)
+    placed = jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, rules))
+    with pytest.raises(ValueError, match=r"shape \(3, 9\) cannot be split over 2 devices"):
+        run(placed, prompts, rules=rules)
+
+
 def test_works_inside_jit(params, prompts, greedy):
     @jax.jit
     def both(params, tokens, lengths):

@@ -1,6 +1,7 @@
 """Both schedules compute what one device does, and hold what the papers say."""
 
 import functools
+import types
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from numerics import assert_close
 
 import jax_mla
-from jax_mla.pipeline import Pipeline, gpipe, loss_and_gradients, one_f_one_b
+from jax_mla.pipeline import Pipeline, execute, gpipe, loss_and_gradients, one_f_one_b, simulate
 from jax_mla.training import Batch, Precision, Recipe
 from jax_mla.training.loss import counted, loss_sums
 from jax_mla.training.step import objective
@@ -76,7 +77,20 @@ def assert_equal_to_one_device(params, config, mesh, batch, sizes=None):
     return pipeline, parts, results
 
 
-def test_a_dense_model_with_a_tied_embedding_in_three_stages(dense_config, random_params):
+def ticking(schedule):
+    """A clock by which forward takes stage + 1 + i seconds of micro-batch i, and backward
+    10 * (stage + 1) + i. Between two ops 1000 go by."""
+    now, times = 0, []
+    for stage, op in schedule.order:
+        seconds = (stage + 1) * {"forward": 1, "backward": 10}[op.kind] + op.micro_batch
+        times += [now, now + seconds]
+        now += seconds + 1000
+    return types.SimpleNamespace(perf_counter=iter(times).__next__)
+
+
+def test_a_dense_model_with_a_tied_embedding_in_three_stages(
+    dense_config, random_params, monkeypatch
+):
     """Loss, gradients, what stages hold, and the bubble that was measured."""
     mesh, batch = jax_mla.make_mesh(stage=3), batch_of(M)
     pipeline, parts, (f_then_b, in_turns) = assert_equal_to_one_device(
@@ -96,15 +110,13 @@ def test_a_dense_model_with_a_tied_embedding_in_three_stages(dense_config, rando
 
     with pytest.raises(ValueError, match="no durations were measured"):
         in_turns.execution.timeline()
+    monkeypatch.setattr(execute, "time", ticking(one_f_one_b(3, M)))
     measured = run(parts, pipeline, batch, one_f_one_b, measure=True).execution
     assert measured.peak_held == held
-    assert len(measured.forward_seconds) == len(measured.backward_seconds) == 3
-    timeline = measured.timeline()
-    slowest = max(map(sum, zip(measured.forward_seconds, measured.backward_seconds, strict=True)))
-    mean = (sum(measured.forward_seconds) + sum(measured.backward_seconds)) / 3
-    assert timeline.end >= M * slowest
-    # A stage that is slower than the mean makes the others wait for it.
-    assert 1 - mean / slowest <= timeline.bubble < 1
+    assert measured.forward_seconds == (3.5, 4.5, 5.5)
+    assert measured.backward_seconds == (12.5, 22.5, 32.5)
+    timeline = simulate(one_f_one_b(3, M), forward=(3.5, 4.5, 5.5), backward=(12.5, 22.5, 32.5))
+    assert measured.timeline() == timeline
 
 
 @pytest.mark.slow
@@ -137,10 +149,35 @@ def test_experts(moe_config, random_params, axes, sizes):
             "for 2 stages and 5 micro-batches, the pipeline has 2 and the recipe 6",
         ),
         (Batch(np.full((12, 16), 320)), {}, "token id 320 is outside the vocabulary of 320"),
+        (Batch(np.zeros((12, 1), int)), {}, r"at least 2 tokens a row, got .* \(12, 1\)"),
+        (
+            Batch(np.zeros((12, 16), int), loss_mask=np.ones((12, 16), int)),
+            {},
+            "loss_mask must be true or false, got dtype int",
+        ),
     ],
-    ids=["micro-batches", "devices", "schedule", "vocabulary"],
+    ids=["micro-batches", "devices", "schedule", "vocabulary", "one-token", "mask"],
 )
 def test_what_does_not_fit_is_refused_before_any_work(moe_config, batch, options, message):
     pipeline = Pipeline(moe_config, jax_mla.make_mesh(stage=2, data=2))
     with pytest.raises(ValueError, match=message):
         loss_and_gradients(({}, {}), pipeline, batch, recipe=RECIPE, **options)
+
+
+def test_parameters_that_are_not_of_the_stages_are_refused(dense_config, random_params):
+    pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3))
+    first, second, last = pipeline.split(random_params(dense_config))
+    for parts, message in (
+        ((first, second), "parameters of 2 stages were given, the pipeline has 3"),
+        (
+            (last, second, first),
+            r"stage 0 of layers \(0, 1\): .*\['norm'\]\['weight'\] is not expected",
+        ),
+        (
+            (first, jax.device_put(second, pipeline.sharding(2)), last),
+            r"parameters of stage 1 are on devices \[2\], the stage has \[1\]",
+        ),
+        ((first, jax.device_get(second), last), "stage 1 of layers .* the parameters lie on none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(parts, pipeline, batch_of(M), gpipe)

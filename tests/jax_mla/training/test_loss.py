@@ -47,7 +47,7 @@ def wanted(params, config, tokens):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 12, 24, 1000], ids="chunk{}".format)
 def test_chunks_change_neither_loss_nor_gradient(params, config, tokens, wanted, chunk_tokens):
-    """Of 14 positions in 4 rows: one, three and seven positions a chunk, and all of them."""
+    """Of 14 positions in 4 rows: one, three and five positions a chunk, and all of them."""
 
     def chunked(params):
         result = next_token_loss(params, config, jnp.asarray(tokens), chunk_tokens=chunk_tokens)
@@ -77,6 +77,19 @@ def largest_with_vocabulary(loss, params, config):
     shapes = shapes_in(jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr)
     sizes = [math.prod(s) for s in shapes if config.vocab_size in s and s not in tables]
     return max(sizes)
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "most"), [(1, 4), (6, 4), (9, 8), (24, 20), (1000, 56)], ids=str
+)
+def test_a_chunk_has_a_position_of_every_row_and_no_more_tokens(params, config, chunk_tokens, most):
+    """Of 14 positions in 4 rows, which are not cut into chunks that are larger than the others."""
+
+    def loss(params):
+        tokens = jnp.zeros((4, 14), jnp.int32)
+        return next_token_loss(params, config, tokens, chunk_tokens=chunk_tokens).loss
+
+    assert largest_with_vocabulary(loss, params, config) == most * config.vocab_size
 
 
 def test_all_logits_never_exist(config):
@@ -193,6 +206,26 @@ def test_bfloat16_rounds_the_loss_and_keeps_float32_gradients(params, config, to
     assert_close(half, whole, "bfloat16")
     assert half != whole
     assert {g.dtype.name for g in jax.tree.leaves(gradients)} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "message"),
+    [
+        ("data", (6, 8), r"\(6, 8\) cannot be split over 4 devices of mesh axis 'data' \(batch\)"),
+        (
+            "sequence",
+            (4, 12),
+            r"\(4, 12\) cannot be split in 8 stripes over 4 devices of mesh axis 'sequence'",
+        ),
+    ],
+    ids=["rows", "stripes"],
+)
+def test_what_a_mesh_does_not_divide_is_refused(params, config, axis, shape, message):
+    layout = jax_mla.rules.context_parallel()
+    shardings = jax_mla.param_shardings(config, jax_mla.make_mesh(**{axis: 4}), layout)
+    placed = jax.device_put(params, shardings)
+    with pytest.raises(ValueError, match=message):
+        next_token_loss(placed, config, np.zeros(shape, np.int32), rules=layout)
 
 
 def test_what_cannot_be_is_refused(params, config):

@@ -24,8 +24,12 @@ from jax_mla.training import Checkpoints, Recipe, abstract_state
 KEEP_ALL = "--save-every 1 --keep 20".split()
 LAYOUTS = {
     "ddp": "--mesh data=8 --rules ddp",
+    "zero1": "--mesh data=8 --rules zero1",
+    "zero2": "--mesh data=8 --rules zero2",
     "zero3": "--mesh data=4,fsdp=2 --rules zero3",
     "data x tensor x expert": "--mesh data=2,tensor=2,expert=2 --rules tensor_parallel",
+    "experts by all-to-all": "--mesh data=2,expert=4 --rules dp_attention_ep",
+    "context": "--mesh data=2,sequence=4 --rules context_parallel",
 }
 
 
@@ -40,7 +44,7 @@ def folder(tmp_path_factory, config):
 
 def train_words(folder, steps):
     words = f"train --config {folder}/config.json --data {folder}/text.txt --steps {steps}"
-    return f"{words} --batch 8 --seq 17 --lr 0.01 --dtype float32 --json".split()
+    return f"{words} --batch 8 --seq 16 --lr 0.01 --dtype float32 --json".split()
 
 
 def free_port(first=0, last=0):

@@ -34,6 +34,8 @@ LAYOUTS = {
     "zero2": ({"data": 4}, rules.zero2()),
     "zero3": ({"data": 2, "fsdp": 2}, rules.zero3()),
     "tensor": ({"tensor": 2}, rules.tensor_parallel()),
+    "data x sequence": ({"data": 2, "sequence": 2}, rules.context_parallel()),
+    "data x expert, all-to-all": ({"data": 2, "expert": 2}, rules.dp_attention_ep()),
     "data x tensor x expert": ({"data": 2, "tensor": 2, "expert": 2}, rules.tensor_parallel()),
 }
 IN_THE_SUITE = {"data x tensor x expert"}  # a layout costs half a minute of compilation

@@ -9,7 +9,17 @@ import pytest
 from flax.training.dynamic_scale import DynamicScale
 from numerics import assert_close
 
-from jax_mla.training import Batch, Precision, Recipe, init_state, place_batch, train_step
+import jax_mla
+from jax_mla.training import (
+    Batch,
+    Precision,
+    Recipe,
+    TokenRows,
+    init_state,
+    place_batch,
+    train,
+    train_step,
+)
 from jax_mla.training.step import next_loss_scale
 
 FLOAT32 = Precision(compute="float32")
@@ -131,6 +141,50 @@ def test_rows_that_cannot_be_divided_are_refused(config, tokens):
     state = jax.eval_shape(lambda: start(config, recipe))
     with pytest.raises(ValueError, match="4 rows cannot be divided into 3 micro-batches"):
         train_step(state, config, Batch(jnp.asarray(tokens)), recipe=recipe)
+
+
+NOT_FOR_A_LOSS = {
+    "segments": (
+        Batch(np.zeros((4, 8), np.int32), np.zeros((4, 7), np.int32)),
+        r"segment_ids has shape \(4, 7\), tokens have \(4, 8\)",
+    ),
+    "mask-shape": (
+        Batch(np.zeros((4, 8), np.int32), loss_mask=np.ones((1, 8), bool)),
+        r"loss_mask has shape \(1, 8\), tokens have \(4, 8\)",
+    ),
+    "mask-dtype": (
+        Batch(np.zeros((4, 8), np.int32), loss_mask=np.ones((4, 8), np.int32)),
+        "loss_mask must be true or false, got dtype int32",
+    ),
+    "one-token": (Batch(np.zeros((4, 1), np.int32)), r"at least 2 tokens a row, .* \(4, 1\)"),
+    "floats": (Batch(np.zeros((4, 8))), "tokens must be integers, got dtype float"),
+}
+
+
+@pytest.mark.parametrize(("batch", "message"), NOT_FOR_A_LOSS.values(), ids=NOT_FOR_A_LOSS)
+def test_batches_that_are_none_are_refused(config, batch, message):
+    with pytest.raises(ValueError, match=message):
+        place_batch(batch, None, config=config)
+    state = jax.eval_shape(lambda: start(config, RECIPE))
+    with pytest.raises(ValueError, match=message):
+        train_step(state, config, batch, recipe=RECIPE)
+
+
+def test_token_ids_are_looked_at_where_they_are_placed(config, tokens):
+    outside = tokens.copy()
+    outside[1, 2] = 999
+    with pytest.raises(ValueError, match="token id 999 is outside the vocabulary of 320"):
+        place_batch(Batch(outside), None, config=config)
+
+
+def test_a_mesh_with_stages_is_refused(config, tokens):
+    mesh, message = jax_mla.make_mesh(stage=2), "stage=1, got stage=2, .* pipeline_train_step"
+    state = jax.eval_shape(lambda: start(config, RECIPE))
+    with pytest.raises(ValueError, match=message):
+        train_step(state, config, Batch(tokens), recipe=RECIPE, mesh=mesh)
+    data = TokenRows([np.arange(64)], batch_rows=2, row_tokens=8, vocab_size=320)
+    with pytest.raises(ValueError, match=message):
+        train(config, RECIPE, data, mesh=mesh)
 
 
 def test_weights_to_start_from_are_copied(config, params, tokens):
