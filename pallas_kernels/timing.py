@@ -47,7 +47,10 @@ def repeat(function: Callable[..., Any], num_rounds: int) -> Callable[..., Any]:
 
 
 def measure(
-    function: Callable[..., Any], argument_sets: Sequence[tuple], floor_seconds: float
+    function: Callable[..., Any],
+    argument_sets: Sequence[tuple],
+    floor_seconds: float,
+    is_right: Callable[[Any], bool] = lambda result: True,
 ) -> tuple[Any, list[float]]:
     """What `function` returns for the last of `argument_sets`, and samples of seconds a call.
 
@@ -55,13 +58,17 @@ def measure(
       function: jittable.
       argument_sets: taken in turns on a GPU; elsewhere the last one only is used.
       floor_seconds: a call is not expected to be faster.
+      is_right: looks at the result before anything is timed; no samples are taken if it is wrong.
     """
     if jax.default_backend() != "gpu":
         compiled = jax.jit(function).lower(*argument_sets[-1]).compile()
-        return compiled(*argument_sets[-1]), _queued(compiled, argument_sets[-1])
+        result = compiled(*argument_sets[-1])
+        return result, _queued(compiled, argument_sets[-1]) if is_right(result) else []
     rounds = calls_a_sample(2 * len(argument_sets) * floor_seconds)
     program = repeat(function, rounds)
     result = jax.block_until_ready(program(*argument_sets))
+    if not is_right(result):
+        return result, []
     return result, _sample(lambda: program(*argument_sets), rounds * len(argument_sets))
 
 

@@ -30,6 +30,30 @@ def forget_programs():
     jax.clear_caches()
 
 
+def pytest_addoption(parser):
+    text = "print a failure when it happens and not only at the end, for runs that may be cut off"
+    parser.addoption("--failures-at-once", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    # pytest-xdist's workers report to the process that started them, which prints.
+    if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.ensure_newline()
+            terminal.write_line(f"FAILED in {report.when}: {report.nodeid}")
+            terminal.write_line(report.longreprtext)
+            terminal.flush()
+
+
 def pytest_collection_modifyitems(items):
     for marker, why_not in WHY_NOT.items():
         marked = [item for item in items if item.get_closest_marker(marker)]

@@ -1,9 +1,11 @@
 """benchmarks/gpu_check.sh with a stand-in for Python: what it reports, and when it fails."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def gpu_check(python, out, *arguments):
+def gpu_check(python, out, *arguments, **environment):
     return subprocess.run(
         ["bash", ROOT / "benchmarks/gpu_check.sh", *arguments],
-        env={**os.environ, "PYTHON": str(python), "OUT": str(out)},
+        env={**os.environ, "PYTHON": str(python), "OUT": str(out), **environment},
         capture_output=True,
         text=True,
     )
@@ -37,10 +39,58 @@ def test_a_stage_that_fails_is_reported_and_the_others_run(stand_in, tmp_path):
     report = (tmp_path / "out/gpu_check.md").read_text()
     assert done.returncode == 1
     assert "| gpu tests | FAILED: exit code 3 |" in report and "broken" in report
-    for stage in ("environment", "MLA decode, first figures", "MLA decode against peers"):
+    for stage in ("environment", "MLA decode, first figures", "flash attention against peers"):
         assert f"| {stage} | passed |" in report
     assert "ran -m pallas_kernels.bench mla_decode --smoke" in report
-    assert report.index("first figures | passed") < report.index("gpu tests | FAILED")
+    stages = re.findall("^## (.*)$", report, re.MULTILINE)
+    first = stages.index("MLA decode, first figures")
+    assert stages.index("gpu tests, a case a kernel") < first < stages.index("gpu tests")
+    assert "-o minversion=8" in report
+
+
+@pytest.mark.parametrize(
+    ("group", "wanted", "unwanted"),
+    [
+        ("tests", "gpu tests", "figures"),
+        ("bench", "MLA decode against peers", "gpu tests"),
+        ("sanitizer", "sanitizer", "gpu tests"),
+    ],
+)
+def test_a_group_alone(tmp_path, group, wanted, unwanted):
+    assert gpu_check(shutil.which("true"), tmp_path, group).returncode == 0
+    report = (tmp_path / f"gpu_check_{group}.md").read_text()
+    assert f"gpu_check.sh {group}` on" in report
+    assert f"| {wanted}" in report and unwanted not in report
+
+
+SANITIZER = """#!/bin/sh
+case "$*" in *--help*) exit;; esac
+echo "========= COMPUTE-SANITIZER, allocator $XLA_PYTHON_CLIENT_ALLOCATOR"
+echo "========= {says}"
+exit {code}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "result"),
+    [
+        (0, "ERROR SUMMARY: 0 errors", "passed"),
+        (9, "Invalid __shared__ read of size 4", "FAILED: exit code 9"),
+        (1, "Error: Device not supported. See", "did not run: Error: Device not supported. See"),
+    ],
+    ids=["passes", "finds", "refuses"],
+)
+def test_what_the_sanitizer_says(tmp_path, code, says, result):
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(SANITIZER.format(code=code, says=says))
+    path.chmod(0o755)
+    search = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_check(shutil.which("true"), tmp_path / "out", "sanitizer", PATH=search)
+    report = (tmp_path / "out/gpu_check_sanitizer.md").read_text()
+    for tool in ("memcheck", "racecheck"):
+        assert f"| sanitizer {tool} | {result} |" in report
+    assert "allocator platform" in report
+    assert done.returncode == result.startswith("FAILED")
 
 
 def test_all_well_is_exit_code_0(tmp_path):
@@ -50,6 +100,41 @@ def test_all_well_is_exit_code_0(tmp_path):
 def test_unknown_arguments_are_refused(tmp_path):
     done = gpu_check(shutil.which("true"), tmp_path / "out", "--fast")
     assert done.returncode == 2 and "--dry-run" in done.stderr
+
+
+TWO_TESTS = """
+import pathlib, time
+
+def test_first():
+    assert "this" == "that"
+
+def test_second():
+    while not pathlib.Path("go_on").exists():
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n1"], ids=["one process", "xdist"])
+def test_a_failure_is_printed_while_the_next_test_runs(tmp_path, workers):
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_two.py").write_text(TWO_TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", workers, "--failures-at-once"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as run:
+        watchdog = threading.Timer(60, run.kill)
+        watchdog.start()
+        printed = ""
+        while 'assert "this" == "that"' not in printed and (line := run.stdout.readline()):
+            printed += line
+        assert run.poll() is None, printed
+        (tmp_path / "go_on").touch()
+        rest = run.stdout.read()
+        watchdog.cancel()
+    assert "FAILED in call: test_two.py::test_first" in printed
+    assert "1 failed, 1 passed" in rest
 
 
 @pytest.mark.slow

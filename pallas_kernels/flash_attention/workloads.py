@@ -15,7 +15,7 @@ Forward = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Self-attention of S tokens, forward or backward; packed from documents where it says so."""
+    """Attention of S tokens, or of the last T to all S; packed from documents where it says so."""
 
     B: int
     S: int
@@ -28,6 +28,7 @@ class Workload:
     num_documents: int = 1
     deterministic: bool = False
     dtype: str = "bfloat16"
+    T: int | None = None
 
     @property
     def name(self) -> str:
@@ -35,7 +36,8 @@ class Workload:
         direction += "-deterministic" if self.deterministic else ""
         mask = "causal" if self.causal else "full"
         packed = f"-packed{self.num_documents}" if self.num_documents > 1 else ""
-        sizes = f"B{self.B}-S{self.S}{packed}-N{self.N}-G{self.G}-K{self.K}-H{self.H}"
+        queries = f"-T{self.T}" if self.T else ""
+        sizes = f"B{self.B}{queries}-S{self.S}{packed}-N{self.N}-G{self.G}-K{self.K}-H{self.H}"
         return f"{direction}-{mask}-{sizes}-{self.dtype}"
 
     def document_lengths(self) -> np.ndarray:
@@ -46,10 +48,11 @@ class Workload:
 
     def arrays(self, seed: int = 0) -> tuple[jax.Array, ...]:
         """q, k, v, and the cotangent of out."""
-        shapes = [(self.N, self.K), (self.G, self.K), (self.G, self.H), (self.N, self.H)]
+        T, S, N, G, K, H = self.T or self.S, self.S, self.N, self.G, self.K, self.H
+        shapes = [(T, N, K), (S, G, K), (S, G, H), (T, N, H)]
         keys = jax.random.split(jax.random.key(seed), len(shapes))
         return tuple(
-            jax.random.normal(key, (self.B, self.S, *shape), self.dtype)
+            jax.random.normal(key, (self.B, *shape), self.dtype)
             for key, shape in zip(keys, shapes, strict=True)
         )
 
@@ -89,15 +92,18 @@ class Workload:
         """Two matmuls forward, five backward; causal and packing halve or leave out pairs."""
         columns = 3 * self.K + 2 * self.H if self.is_backward else self.K + self.H
         pairs = int(np.sum(self.document_lengths() ** 2))
+        if self.T:  # a causal border leaves out half of the T by T pairs at the end
+            pairs = self.T * (2 * self.S - self.T if self.causal else self.S)
         return 2 * self.B * self.N * pairs * columns // (2 if self.causal else 1)
 
     @property
     def bytes(self) -> int:
         """Inputs and outputs once: backward reads five tensors and writes three."""
-        q, k = self.N * self.K, self.G * self.K
-        v, out = self.G * self.H, self.N * self.H
+        T, S = self.T or self.S, self.S
+        q, k = T * self.N * self.K, S * self.G * self.K
+        v, out = S * self.G * self.H, T * self.N * self.H
         numbers = 2 * (q + k + v) + 2 * out if self.is_backward else q + k + v + out
-        return self.B * self.S * numbers * jnp.dtype(self.dtype).itemsize
+        return self.B * numbers * jnp.dtype(self.dtype).itemsize
 
 
 def _sizes(S: int, **options) -> Workload:
@@ -124,6 +130,8 @@ WORKLOADS += [
     _sizes(32768, N=16, G=16, K=192, num_documents=16, is_backward=is_backward)
     for is_backward in (False, True)
 ]
+# A chunk of a long prompt's prefill.
+WORKLOADS += [Workload(B=1, T=2048, S=32768, N=16, G=16, K=K, H=128) for K in (192, 128)]
 SMOKE = [
     _sizes(16384, N=16, G=16, K=K, is_backward=is_backward, deterministic=deterministic)
     for is_backward, deterministic in ((False, False), (True, False), (True, True))
