@@ -67,10 +67,11 @@ def mla_decode(
       scale: multiplies the scores. DeepSeek: (P + R) ** -0.5 times YaRN's mscale squared.
       causal: the T queries are the last T tokens, each blind to those behind it; else all see
         all lengths[b] tokens.
-      plan: the split of the work over the GPU, from mla_decode_plan; None computes it here. One
-        plan serves all layers of a step. "xla" does not use it.
+      plan: the split of the work over the GPU, from mla_decode_plan for exactly these lengths;
+        None computes it here. One plan serves all layers of a step. "xla" does not use it.
       implementation: None chooses the fastest that can run here; a name insists on it. "mosaic_gpu"
-        is for Hopper GPUs, bfloat16 or float16, pages of 64 or 128 tokens, C a multiple of 64.
+        is for Hopper GPUs, bfloat16 or float16, pages of 64 or 128 tokens, C a multiple of
+        128 up to 512, X - C of 16.
 
     Returns:
       out in q's dtype, and lse, the natural log of the sum of exponentials.
@@ -79,6 +80,9 @@ def mla_decode(
       ValueError: sizes or dtypes disagree, or a length or a used table entry is out of range where
         the host can see it (outside of jit); the message names both with their values.
       NotImplementedError: the named implementation cannot run here; the message says why.
+
+    Works under jit, vmap and shard_map; "mosaic_gpu" takes the elements of a vmap one after the
+    other, so put requests into B instead.
 
     Decode needs no gradient, so none is defined: use flash_attention where you differentiate.
 

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ def combine(out, lse, partial_out, partial_lse, num_splits, config: CombineConfi
     w_s = exp(lse_s - max(lse)). Rows of other requests stay: both arrays are updated in place.
     """
     B, M, _ = out.shape
-    out, lse = jax.new_ref(out), jax.new_ref(lse)
     # pl.kernel, because on 0.10 plgpu.kernel takes no arrays that are updated in place.
     merge = pl.kernel(
         functools.partial(mla_decode_combine, config=config),
@@ -32,8 +30,12 @@ def combine(out, lse, partial_out, partial_lse, num_splits, config: CombineConfi
         ),
         compiler_params=mosaic_compat.compiler_params(),
     )
-    merge(partial_out, partial_lse, num_splits, out, lse)  # pyright: ignore[reportCallIssue]
-    return out[...], lse[...]
+
+    def update(refs):
+        merge(partial_out, partial_lse, num_splits, *refs)  # pyright: ignore[reportCallIssue]
+
+    # Not jax.new_ref, which 0.10 does not take under the caller's rule for vmap.
+    return pl.run_state(update)((out, lse))
 
 
 def mla_decode_combine(*gmem, config):

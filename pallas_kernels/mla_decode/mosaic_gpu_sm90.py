@@ -14,8 +14,9 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 
-from pallas_kernels import mosaic_compat
+from pallas_kernels import mosaic_compat, varying
 from pallas_kernels.mla_decode.combine_sm90 import combine
 from pallas_kernels.mla_decode.config_sm90 import (
     BLOCK_KV,
@@ -55,18 +56,21 @@ def mla_decode_sm90(q, kv_pages, page_table, lengths, *, latent_dim, scale, caus
         plan = mla_decode_plan(lengths, num_rows=num_rows, page_size=kv_pages.shape[1])
     config = Config.of(q, latent_dim=latent_dim, scale=scale, causal=causal)
     page_table, lengths = (jnp.asarray(x, jnp.int32) for x in (page_table, lengths))
-    return _decode(q, kv_pages, page_table, lengths, plan, config)
+    operands = (q, kv_pages, page_table, lengths)
+    # One after the other under vmap: a plan is one batch's, and run_scoped has no rule.
+    out, lse = sequential_vmap(functools.partial(_decode, config))(*operands, plan)
+    return varying.align(*operands, out, lse)[-2:]
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _decode(q, kv_pages, page_table, lengths, plan, config: Config):
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(config: Config, q, kv_pages, page_table, lengths, plan):
     B, T, N, X = q.shape
     M = T * N
     q_BMX = jnp.pad(q.reshape(B, M, X), ((0, 0), (0, -M % ROW_ALIGNMENT), (0, 0)))
     out, lse, partial_out, partial_lse = main_kernel(
         q_BMX, kv_pages, page_table, lengths, plan, config
     )
-    if plan.begin_request.shape[0] > 1:  # a single part splits nothing
+    if plan.begin_request.shape[0] > 1:
         combine_config = CombineConfig.of(B, q_BMX.shape[1])
         out, lse = combine(out, lse, partial_out, partial_lse, plan.num_splits, combine_config)
     return out[:, :M].reshape(B, T, N, config.latent_dim), lse[:, :M].reshape(B, T, N)
@@ -76,7 +80,9 @@ def main_kernel(q, kv_pages, page_table, lengths, plan, config: Config):
     """out, lse, and the partial results of requests that several parts read."""
     B, M, _ = q.shape
     tiles = -(-M // ROW_TILE)
-    splits = (plan.max_splits, tiles * ROW_TILE)
+    parts = plan.begin_request.shape[0]
+    # A single part splits nothing, so there the kernel writes no partial result.
+    splits = (plan.max_splits, tiles * ROW_TILE) if parts > 1 else (1, ROW_TILE)
     kernel = plgpu.kernel(
         functools.partial(_kernel, config=config),
         out_type=(
@@ -86,7 +92,7 @@ def main_kernel(q, kv_pages, page_table, lengths, plan, config: Config):
             jax.ShapeDtypeStruct(splits, jnp.float32),
         ),
         # Tiles of a part are neighbours: they read the same pages at the same time, out of L2.
-        grid=(plan.begin_request.shape[0], tiles),
+        grid=(parts, tiles),
         grid_names=("part", "tile"),
         num_threads=3,
         thread_name="warpgroup",

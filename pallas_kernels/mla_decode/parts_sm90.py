@@ -29,7 +29,8 @@ def for_each_request(refs, body):
     def visit(b, step):
         length = jnp.minimum(refs.lengths_gmem[b], refs.page_table_gmem.shape[1] * page_size)
         num_blocks = lax.div(length + (BLOCK_KV - 1), BLOCK_KV)
-        begin = jnp.where(b == first, begin_page * blocks_a_page, 0)
+        # Lengths beyond the table's capacity count as all of it, but the plan does not know it.
+        begin = jnp.where(b == first, jnp.minimum(begin_page * blocks_a_page, num_blocks), 0)
         end = jnp.where(b == last, jnp.minimum(end_page * blocks_a_page, num_blocks), num_blocks)
         slot = refs.num_splits_gmem[b]
         request = SimpleNamespace(
@@ -42,7 +43,9 @@ def for_each_request(refs, body):
         )
         return body(request, step)
 
-    return lax.fori_loop(first, last + 1, visit, jnp.int32(0))
+    # `+ 0` for shard_map: what is read from memory has the type of an array that varies over the
+    # mesh, a sum within a kernel has not, and a loop's counter may not change its type.
+    return lax.fori_loop(first + 0, last + 1, visit, jnp.int32(0))
 
 
 def row_tile():

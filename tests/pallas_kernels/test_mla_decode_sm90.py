@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from kernel_tools.aot import compile_sm90a, lower_for_cuda
 from kernel_tools.interpreter import run_simulated
 from numerics import assert_close, normal, poison
@@ -94,7 +96,7 @@ CASES = [
     (Case((500,), N=72, page_size=128, num_sms=4), {"split", "paired", "combine"}),
     (Case((200, 0, 260), N=80, C=256, R=32, num_sms=2), {"whole", "empty", "paired"}),
     (Case((200, 3), N=7, C=256, R=32, page_size=128, dtype="float16", num_sms=1), {"whole"}),
-    (Case((100, 128), C=64, R=16, num_sms=1), {"whole"}),
+    (Case((100, 128), R=16, num_sms=1), {"whole"}),
     (Case((200, 65), N=4, C=512, num_sms=1), {"whole"}),
     (Case((330,), N=66, C=512, num_sms=2), {"whole", "paired"}),
     (Case((0, 0, 0, 65, 0, 0), N=2, num_sms=1), {"whole", "empty"}),
@@ -136,7 +138,7 @@ def test_simulated_combine_merges_by_lse(rng, rows, num_warpgroups):
     """One, two and six splits; a row that saw nothing in one split, a row that saw nothing."""
     from pallas_kernels.mla_decode.combine_sm90 import combine
 
-    B, M, C, num_splits = 3, 8, 64, [0, 1, 3, 9]
+    B, M, C, num_splits = 3, 8, 128, [0, 1, 3, 9]
     partial_out, partial_lse = rng.standard_normal((10, M, C)), rng.standard_normal((10, M))
     partial_lse[2, 1], partial_lse[3:9, 4] = -np.inf, -np.inf
     partial_out[partial_lse == -np.inf] = 0
@@ -160,10 +162,38 @@ def test_simulated_combine_merges_by_lse(rng, rows, num_warpgroups):
 
 
 @pytest.mark.kernel_sim
+def test_simulated_lengths_beyond_the_table_count_as_all_of_it(rng, on_hopper):
+    """Parts of the plan that begin behind the table's end read no entry of it."""
+    case = Case((192,), N=2)
+    arrays = case.arrays(rng)
+    arrays["page_table"] = arrays["page_table"][:, :3]
+    want = decode(case, in_float32(arrays), implementation="xla")
+    plan = dataclasses.replace(case, lengths=(1500,), num_sms=3).plan()
+    assert np.any(np.asarray(plan.begin_page) > 3)
+    arrays["lengths"] = jnp.asarray([1500])
+    run = jax.jit(functools.partial(decode, case, plan=plan, implementation="mosaic_gpu"))
+    assert_close(run_simulated(run, arrays).out, want.out)
+
+
+@pytest.mark.kernel_sim
+def test_simulated_under_vmap(rng, on_hopper):
+    case = Case((70, 3), N=2, num_sms=1)
+    arrays = case.arrays(rng)
+    one = {name: x if name == "kv_pages" else x[:, None] for name, x in arrays.items()}
+    axes = ({name: None if name == "kv_pages" else 0 for name in one},)
+    plans = jax.vmap(lambda n: mla_decode_plan(n, num_rows=2, num_sms=1))(one["lengths"])
+    run = functools.partial(decode, case, implementation="mosaic_gpu")
+    batched = jax.vmap(lambda arrays, plan: run(arrays, plan=plan), (*axes, 0))
+    got = run_simulated(lambda arrays: batched(arrays, plans), one)
+    want = decode(case, in_float32(arrays), implementation="xla")
+    assert_close(got.out[:, 0], want.out)
+
+
+@pytest.mark.kernel_sim
 def test_simulation_of_the_drop_in_function(rng, on_hopper, monkeypatch):
     """FlashMLA's lse of a row that sees nothing is +inf."""
     monkeypatch.setattr(hardware, "num_sms", lambda device=None: 1)
-    case = Case((0, 70), N=2, C=64, R=16, causal=False)
+    case = Case((0, 70), N=2, R=16, causal=False)
     arrays = case.arrays(rng)
     q, table, lengths = arrays["q"], arrays["page_table"], arrays["lengths"]
     kv_pages = arrays["kv_pages"][:, :, None]
@@ -184,8 +214,9 @@ SIZES = dict(row_dim=576, dtype="bfloat16", page_size=64, latent_dim=512, scale=
         ({"dtype": "float16", "page_size": 128, "row_dim": 288, "latent_dim": 256}, None),
         ({"dtype": "float32"}, r"needs one of the dtypes .*, found float32"),
         ({"page_size": 16}, r"needs pages of one of \[64, 128\] tokens, found 16"),
-        ({"latent_dim": 500}, "multiple of 64 up to 512, found 500"),
-        ({"latent_dim": 1024, "row_dim": 1088}, "multiple of 64 up to 512, found 1024"),
+        ({"latent_dim": 500}, "multiple of 128 up to 512, found 500"),
+        ({"latent_dim": 192, "row_dim": 256}, "multiple of 128 up to 512, found 192"),
+        ({"latent_dim": 1024, "row_dim": 1088}, "multiple of 128 up to 512, found 1024"),
         ({"row_dim": 512}, "positive multiple of 16, found 0"),
         ({"row_dim": 520}, "positive multiple of 16, found 8"),
         ({"row_dim": 640}, "needs 2[0-9]* bytes of shared memory for rows of 512 .* 232448"),
@@ -209,6 +240,7 @@ SHAPES = {
     "512+16": dict(N=64, R=16),
     "256+32": dict(N=128, C=256, R=32),
     "384+64": dict(N=64, C=384),
+    "128+64": dict(C=128),
 }
 
 
@@ -237,6 +269,22 @@ def program(B=128, T=1, N=16, C=512, R=64, page_size=64, dtype="bfloat16", causa
 def test_lowers(on_hopper, name):
     run, shapes = program(**SHAPES[name])
     assert lower_for_cuda(run, *shapes).count("mosaic_gpu_v2") == 2
+
+
+def test_lowers_under_vmap_and_shard_map(on_hopper):
+    """Also where only some arguments vary: every shard of the heads reads the same cache."""
+    run, shapes = program(B=8)
+    shapes = shapes[:4]
+    run = functools.partial(run, plan=None)
+    batched = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes]
+    texts = [lower_for_cuda(jax.vmap(run), *batched)]
+    texts.append(lower_for_cuda(jax.vmap(run, (0, None, None, None)), batched[0], *shapes[1:]))
+    mesh = jax.make_mesh((8,), ("shards",), axis_types=(AxisType.Auto,))
+    heads, batch = P(None, None, "shards"), P("shards")
+    for specs, out in (((heads, P(), P(), P()), heads), ((batch,) * 4, batch)):
+        sharded = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out)
+        texts.append(lower_for_cuda(sharded, *shapes))
+    assert [text.count("mosaic_gpu_v2") for text in texts] == [2] * 4
 
 
 @functools.cache
