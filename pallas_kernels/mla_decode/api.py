@@ -70,8 +70,8 @@ def mla_decode(
       plan: the split of the work over the GPU, from mla_decode_plan for exactly these lengths;
         None computes it here. One plan serves all layers of a step. "xla" does not use it.
       implementation: None chooses the fastest that can run here; a name insists on it. "mosaic_gpu"
-        is for Hopper GPUs, bfloat16 or float16, pages of 64 or 128 tokens, C a multiple of
-        128 up to 512, X - C of 16.
+        is for Hopper GPUs, bfloat16 or float16, pages of 64 or 128 tokens, C a multiple of 64 up
+        to 512, X - C of 16.
 
     Returns:
       out in q's dtype, and lse, the natural log of the sum of exponentials.

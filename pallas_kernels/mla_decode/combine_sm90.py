@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -36,6 +37,29 @@ def combine(out, lse, partial_out, partial_lse, num_splits, config: CombineConfi
 
     # Not jax.new_ref, which 0.10 does not take under the caller's rule for vmap.
     return pl.run_state(update)((out, lse))
+
+
+def combine_in_xla(out, lse, partial_out, partial_lse, num_splits):
+    """`combine` for rows that do not spread evenly over the threads of a warpgroup."""
+    B, M, _ = out.shape
+    slot, is_split = jnp.arange(partial_lse.shape[0]), jnp.diff(num_splits) > 1
+    request = jnp.clip(jnp.searchsorted(num_splits, slot, side="right") - 1, 0, B - 1)
+    # What no split has written may hold anything.
+    is_used = (slot < num_splits[-1]) & is_split[request]
+    own_lse = jnp.where(is_used[:, None], partial_lse[:, :M], -jnp.inf)
+    highest = jnp.maximum(jax.ops.segment_max(own_lse, request, B), LOWEST)
+    weight = jnp.exp(own_lse - highest[request])
+    own_out = jnp.where(weight[:, :, None] > 0, partial_out[:, :M], 0)
+    total = jax.ops.segment_sum(weight, request, B)
+    acc = jax.ops.segment_sum(weight[:, :, None] * own_out, request, B)
+    is_empty = total == 0
+    total = jnp.where(is_empty, 1.0, total)
+    merged_lse = jnp.where(is_empty, -jnp.inf, highest + jnp.log(total))
+    merged = (acc / total[:, :, None]).astype(out.dtype)
+    return (
+        jnp.where(is_split[:, None, None], merged, out),
+        jnp.where(is_split[:, None], merged_lse, lse),
+    )
 
 
 def mla_decode_combine(*gmem, config):

@@ -9,7 +9,7 @@ COMPUTE_CAPABILITY = (9, 0)
 DTYPES = ("bfloat16", "float16")
 PAGE_SIZES = (64, 128)
 BLOCK_KV = 64  # tokens that are multiplied at once; a page is one or two blocks
-LATENT_ALIGNMENT = 128  # the threads of a warpgroup, over which the merge spreads a row
+WARPGROUP = 128  # threads, over which the merge spreads a row
 MAX_LATENT_DIM = 512  # a warpgroup holds 64 rows of half of it, 128 registers a thread
 # Rows are copied in eights, the height of a tile in shared memory; others are padded before.
 ROW_ALIGNMENT = 8
@@ -95,10 +95,10 @@ def refusal(row_dim: int, dtype: str, page_size: int, latent_dim: int, scale: fl
         return f"needs one of the dtypes {list(DTYPES)}, found {dtype}"
     if page_size not in PAGE_SIZES:
         return f"needs pages of one of {list(PAGE_SIZES)} tokens, found {page_size}"
-    if latent_dim % LATENT_ALIGNMENT or latent_dim > MAX_LATENT_DIM:
+    if latent_dim % 64 or latent_dim > MAX_LATENT_DIM:
         return (
-            f"needs a latent_dim that is a multiple of {LATENT_ALIGNMENT} up to {MAX_LATENT_DIM},"
-            f" found {latent_dim}"
+            f"needs a latent_dim that is a multiple of 64 up to {MAX_LATENT_DIM}, found"
+            f" {latent_dim}"
         )
     if rope_dim % 16 or rope_dim == 0:
         return f"needs a rotary part that is a positive multiple of 16, found {rope_dim}"

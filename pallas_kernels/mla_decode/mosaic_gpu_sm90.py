@@ -17,10 +17,11 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from pallas_kernels import mosaic_compat, varying
-from pallas_kernels.mla_decode.combine_sm90 import combine
+from pallas_kernels.mla_decode.combine_sm90 import combine, combine_in_xla
 from pallas_kernels.mla_decode.config_sm90 import (
     BLOCK_KV,
     ROW_ALIGNMENT,
+    WARPGROUP,
     CombineConfig,
     Config,
 )
@@ -71,8 +72,10 @@ def _decode(config: Config, q, kv_pages, page_table, lengths, plan):
         q_BMX, kv_pages, page_table, lengths, plan, config
     )
     if plan.begin_request.shape[0] > 1:
-        combine_config = CombineConfig.of(B, q_BMX.shape[1])
-        out, lse = combine(out, lse, partial_out, partial_lse, plan.num_splits, combine_config)
+        merge = combine_in_xla
+        if config.latent_dim % WARPGROUP == 0:
+            merge = functools.partial(combine, config=CombineConfig.of(B, q_BMX.shape[1]))
+        out, lse = merge(out, lse, partial_out, partial_lse, plan.num_splits)
     return out[:, :M].reshape(B, T, N, config.latent_dim), lse[:, :M].reshape(B, T, N)
 
 

@@ -96,7 +96,8 @@ CASES = [
     (Case((500,), N=72, page_size=128, num_sms=4), {"split", "paired", "combine"}),
     (Case((200, 0, 260), N=80, C=256, R=32, num_sms=2), {"whole", "empty", "paired"}),
     (Case((200, 3), N=7, C=256, R=32, page_size=128, dtype="float16", num_sms=1), {"whole"}),
-    (Case((100, 128), R=16, num_sms=1), {"whole"}),
+    (Case((100, 128), C=64, R=16, num_sms=1), {"whole"}),
+    (Case((129, 640, 0), C=192, N=3), {"split", "whole", "empty", "combine"}),
     (Case((200, 65), N=4, C=512, num_sms=1), {"whole"}),
     (Case((330,), N=66, C=512, num_sms=2), {"whole", "paired"}),
     (Case((0, 0, 0, 65, 0, 0), N=2, num_sms=1), {"whole", "empty"}),
@@ -214,9 +215,9 @@ SIZES = dict(row_dim=576, dtype="bfloat16", page_size=64, latent_dim=512, scale=
         ({"dtype": "float16", "page_size": 128, "row_dim": 288, "latent_dim": 256}, None),
         ({"dtype": "float32"}, r"needs one of the dtypes .*, found float32"),
         ({"page_size": 16}, r"needs pages of one of \[64, 128\] tokens, found 16"),
-        ({"latent_dim": 500}, "multiple of 128 up to 512, found 500"),
-        ({"latent_dim": 192, "row_dim": 256}, "multiple of 128 up to 512, found 192"),
-        ({"latent_dim": 1024, "row_dim": 1088}, "multiple of 128 up to 512, found 1024"),
+        ({"latent_dim": 192, "row_dim": 256}, None),
+        ({"latent_dim": 500}, "multiple of 64 up to 512, found 500"),
+        ({"latent_dim": 1024, "row_dim": 1088}, "multiple of 64 up to 512, found 1024"),
         ({"row_dim": 512}, "positive multiple of 16, found 0"),
         ({"row_dim": 520}, "positive multiple of 16, found 8"),
         ({"row_dim": 640}, "needs 2[0-9]* bytes of shared memory for rows of 512 .* 232448"),
@@ -269,6 +270,12 @@ def program(B=128, T=1, N=16, C=512, R=64, page_size=64, dtype="bfloat16", causa
 def test_lowers(on_hopper, name):
     run, shapes = program(**SHAPES[name])
     assert lower_for_cuda(run, *shapes).count("mosaic_gpu_v2") == 2
+
+
+@pytest.mark.parametrize("C", [64, 192, 320, 448])
+def test_rows_that_do_not_fill_a_warpgroup_are_merged_by_xla(on_hopper, C):
+    run, shapes = program(C=C)
+    assert lower_for_cuda(run, *shapes).count("mosaic_gpu_v2") == 1
 
 
 def test_lowers_under_vmap_and_shard_map(on_hopper):
