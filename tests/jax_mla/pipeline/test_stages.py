@@ -24,7 +24,7 @@ def params_of(config):
     return numbered(jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config)))
 
 
-def same(a, b):
+def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -59,7 +59,7 @@ def test_a_stage_has_its_layers_on_its_devices(moe_config, sizes):
         devices = set(np.take(mesh.devices, stage, stage_axis).flat)
         assert all(x.sharding.device_set == devices for x in jax.tree.leaves(part))
     assert last["lm_head"].sharding.shard_shape(last["lm_head"].shape) == (32, 160)  # over tensor
-    same(pipeline.join((first, last)), params)
+    assert_same(pipeline.join((first, last)), params)
 
 
 def test_a_tied_embedding_is_in_the_first_and_the_last_stage(dense_config):
@@ -71,7 +71,7 @@ def test_a_tied_embedding_is_in_the_first_and_the_last_stage(dense_config):
         {"dense_layers"},
         {"embed_tokens", "dense_layers", "norm"},
     ]
-    same(pipeline.join(parts), params)
+    assert_same(pipeline.join(parts), params)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -80,7 +80,7 @@ def test_a_state_comes_back_to_the_bit(moe_config, optimizer):
     state = numbered(abstract_state(moe_config, recipe=recipe))
     pipeline = Pipeline(moe_config, jax_mla.make_mesh(stage=3))
     states = split_state(state, pipeline, recipe=recipe)
-    same(join_state(states, pipeline), state)
+    assert_same(join_state(states, pipeline), state)
 
 
 @pytest.mark.parametrize(
