@@ -310,6 +310,14 @@ def test_compiles_for_sm90a(on_hopper, name):
 
 
 @pytest.mark.kernel_aot
+@pytest.mark.parametrize("C", [64, 192, 320, 448])
+def test_rows_that_do_not_fill_a_warpgroup_compile_for_sm90a(on_hopper, C):
+    run, shapes = program(C=C)
+    (main,) = (k for k in compile_sm90a(run, *shapes).kernels if k.name == "mla_decode")
+    main.check()
+
+
+@pytest.mark.kernel_aot
 @pytest.mark.parametrize(
     ("name", "loops"),
     [
