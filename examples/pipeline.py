@@ -8,15 +8,14 @@ then laid out with each stage's mean times, as if every stage had a processor of
 import dataclasses
 
 import jax
+import numpy as np
+
+import jax_mla
+from jax_mla import pipeline as pp
+from jax_mla.training import Batch, Precision, Recipe, next_token_loss
 
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
-
-import numpy as np  # noqa: E402
-
-import jax_mla  # noqa: E402
-from jax_mla import pipeline as pp  # noqa: E402
-from jax_mla.training import Batch, Precision, Recipe, next_token_loss  # noqa: E402
+jax.config.update("jax_num_cpu_devices", 8)  # read when the first array is made
 
 STAGES, MICRO_BATCHES = 4, 8
 
@@ -28,11 +27,9 @@ def main():
     print(f"one device: loss {next_token_loss(params, config, tokens).loss:.6f}")
 
     pipeline = pp.Pipeline(config, jax_mla.make_mesh(stage=STAGES, data=2))
-    for stage, ((first, end), mesh) in enumerate(
-        zip(pipeline.layers, pipeline.meshes, strict=True)
-    ):
+    for stage, ((layer, _), mesh) in enumerate(zip(pipeline.layers, pipeline.meshes, strict=True)):
         devices = ", ".join(str(device.id) for device in mesh.devices.flat)
-        print(f"stage {stage}: layers {first} to {end - 1} on devices {devices}")
+        print(f"stage {stage}: layer {layer} on devices {devices}")
 
     recipe = Recipe(
         num_steps=1, num_micro_batches=MICRO_BATCHES, precision=Precision(compute="float32")

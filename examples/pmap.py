@@ -8,59 +8,51 @@ with a leading device axis, a copy of the parameters for each, and its own `pmea
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jax_mla
+from jax_mla import rules
+from jax_mla.training import next_token_loss
 
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 8)  # read when the first array is made
 
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
-
-import jax_mla  # noqa: E402
-from jax_mla import rules  # noqa: E402
-from jax_mla.training import next_token_loss  # noqa: E402
-
-CONFIG = dataclasses.replace(jax_mla.tiny(), num_hidden_layers=2)
-RATE = 0.1
+config = dataclasses.replace(jax_mla.tiny(), num_hidden_layers=2)
+params = jax_mla.init(jax.random.key(0), config)
+tokens = jax.random.randint(jax.random.key(1), (16, 33), 0, 256)
 
 
 def loss(params, tokens, layout=None):
-    return next_token_loss(params, CONFIG, tokens, rules=layout).loss
+    return next_token_loss(params, config, tokens, rules=layout).loss
 
 
 def descend(params, gradients):
-    return jax.tree.map(lambda p, g: p - RATE * g, params, gradients)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
 
 
-def main():
-    params = jax_mla.init(jax.random.key(0), CONFIG)
-    tokens = jax.random.randint(jax.random.key(1), (16, 33), 0, 256)
-
-    def pmap_step(params, tokens):
-        value, gradients = jax.value_and_grad(loss)(params, tokens)
-        value, gradients = jax.lax.pmean((value, gradients), "data")
-        return value, descend(params, gradients)
-
-    copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), params)
-    value, copies = jax.pmap(pmap_step, axis_name="data")(copies, tokens.reshape(8, 2, 33))
-    print(f"pmap: loss {value[0]:.6f}, parameters of shape (8, ...)")
-
-    mesh = jax_mla.make_mesh(data=8)
-    placed = jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, rules.ddp()))
-    tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
-
-    @jax.jit
-    def jit_step(params, tokens):
-        value, gradients = jax.value_and_grad(loss)(params, tokens, rules.ddp())
-        return value, descend(params, gradients)
-
-    value, placed = jit_step(placed, tokens)
-    print(f"jit:  loss {value:.6f}, parameters on {len(placed['lm_head'].devices())} devices")
-
-    pairs = zip(jax.tree.leaves(copies), jax.tree.leaves(placed), strict=True)
-    worst = max(np.abs(a[0] - np.asarray(b)).max() for a, b in pairs)
-    print(f"largest difference of a parameter after the step: {worst:.1e}")
+def pmap_step(params, tokens):
+    value, gradients = jax.lax.pmean(jax.value_and_grad(loss)(params, tokens), "data")
+    return value, descend(params, gradients)
 
 
-if __name__ == "__main__":
-    main()
+copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), params)
+value, copies = jax.pmap(pmap_step, axis_name="data")(copies, tokens.reshape(8, 2, 33))
+print(f"pmap: loss {value[0]:.6f}, lm_head {copies['lm_head'].shape}: a copy for each device")
+
+
+@jax.jit
+def jit_step(params, tokens):
+    value, gradients = jax.value_and_grad(loss)(params, tokens, rules.ddp())
+    return value, descend(params, gradients)
+
+
+mesh = jax_mla.make_mesh(data=8)
+placed = jax.device_put(params, jax_mla.param_shardings(config, mesh, rules.ddp()))
+value, placed = jit_step(placed, jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data"))))
+print(f"jit:  loss {value:.6f}, lm_head {placed['lm_head'].shape} on every device")
+
+pairs = zip(jax.tree.leaves(copies), jax.tree.leaves(placed), strict=True)
+worst = max(np.abs(a[0] - np.asarray(b)).max() for a, b in pairs)
+print(f"largest difference of a parameter after the step: {worst:.1e}")

@@ -8,12 +8,12 @@ import dataclasses
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+import jax_mla
+from jax_mla import rules
+from jax_mla.training import next_token_loss
 
-import jax_mla  # noqa: E402
-from jax_mla import rules  # noqa: E402
-from jax_mla.training import next_token_loss  # noqa: E402
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)  # read when the first array is made
 
 LAYOUTS = {
     "DP": ({"data": 8}, rules.ddp()),

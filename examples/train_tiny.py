@@ -20,8 +20,6 @@ parser.add_argument("--text", type=pathlib.Path, default=HELD_OUT)
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--batch", type=int, default=4)
 parser.add_argument("--length", type=int, default=64)
-parser.add_argument("--learning-rate", type=float, default=3e-3)
-parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--devices", type=int, help="of a mesh that shares parameters and rows")
 parser.add_argument("--out", help="folder to save the trained model in")
 args, config, where = parser.parse_args(), jax_mla.tiny(), {}
@@ -30,16 +28,13 @@ if args.devices:
     where = {"mesh": jax_mla.make_mesh(data=args.devices), "rules": jax_mla.rules.zero3()}
 
 
-def read(path):
-    """Every paragraph between its two marks, as one long run of byte ids."""
+def rows(path):
+    """Every paragraph between its two marks, as one long run of byte ids, cut into rows."""
     begin, (end, *_) = config.bos_token_id, config.eos_token_id
     paragraphs = path.read_bytes().split(b"\n\n")
-    return np.concatenate([[begin, *text, end] for text in paragraphs]).astype(np.uint16)
-
-
-def rows(ids, batch_rows):
-    options = {"row_tokens": args.length, "vocab_size": config.vocab_size, "seed": args.seed}
-    return TokenRows([ids], batch_rows=batch_rows, **options)
+    ids = np.concatenate([[begin, *text, end] for text in paragraphs]).astype(np.uint16)
+    sizes = {"batch_rows": args.batch, "row_tokens": args.length}
+    return TokenRows([ids], vocab_size=config.vocab_size, **sizes)
 
 
 def show(report):
@@ -49,22 +44,15 @@ def show(report):
 
 
 recipe = Recipe(
-    num_steps=args.steps,
-    learning_rate=args.learning_rate,
-    final_learning_rate=1e-5,
-    warmup_steps=max(args.steps // 20, 1),
-    b2=0.98,
-    weight_decay=0.01,
-    precision=Precision(compute="float32"),
-)
-data = rows(read(args.text), args.batch)
-params = train(config, recipe, data, seed=args.seed, on_step=show, **where).state.params
-test = rows(read(HELD_OUT), args.batch)
+    num_steps=args.steps, learning_rate=3e-3, final_learning_rate=1e-5, b2=0.98, weight_decay=0.01,
+    warmup_steps=max(args.steps // 20, 1), precision=Precision(compute="float32"),
+)  # fmt: skip
+params = train(config, recipe, rows(args.text), on_step=show, **where).state.params
+test = rows(HELD_OUT)
 batches = [test.batch(i).tokens for i in range(test.num_rows // args.batch)]
-options = {"rules": where.get("rules")}
-held_out = np.mean([next_token_loss(params, config, t, **options).loss for t in batches])
-what = "trained on" if args.text == HELD_OUT else "held out"
-print(f"{what}: {held_out / np.log(2):.4f} bits/byte over {len(batches) * args.batch} rows")
+losses = [next_token_loss(params, config, t, rules=where.get("rules")).loss for t in batches]
+what = "text that it trained on" if args.text == HELD_OUT else "held-out text"
+print(f"{what}: {np.mean(losses) / np.log(2):.4f} bits/byte over {len(losses) * args.batch} rows")
 if args.out:  # the router's bias stays float32
     narrow = Precision(param="bfloat16").to_param(params)
     jax_mla.save(args.out, narrow, config, max_shard_bytes=4_000_000)

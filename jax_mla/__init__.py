@@ -9,7 +9,9 @@ Dimension key, used in every shape and einsum of this project:
     L layers of a stack
 """
 
+import functools
 import importlib
+import inspect
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -81,6 +83,9 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'jax_mla' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"jax_mla.{_HOME[name]}"), name)
+    if isinstance(value, type) and type(value).__call__ is not type.__call__:
+        # A Flax module: its metaclass hides from help() and `?` what the constructor takes.
+        value.__signature__ = inspect.signature(functools.partial(value.__init__, None))
     globals()[name] = value
     return value
 

@@ -11,13 +11,6 @@ from jax.typing import DTypeLike
 from jax_mla.config import DTYPES
 
 
-def check_positive(**sizes: int) -> None:
-    """Every size is an integer of at least 1; keyword names are the arguments' names."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
-
-
 def check_dtype(dtype: DTypeLike) -> str:
     """The name of a dtype that parameters and caches may have."""
     try:

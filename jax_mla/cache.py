@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_mla.arrays import as_array, as_int32, check_dtype, check_positive
+from jax_mla.arrays import as_array, as_int32, check_dtype
+from jax_mla.checks import check_positive
 from jax_mla.config import DeepSeekConfig
 
 DEFAULT_PAGE_SIZE = 64

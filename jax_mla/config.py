@@ -10,7 +10,8 @@ from jax_mla.config_rope import RopeScaling, is_number, yarn_mscale
 
 TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 ScoringFunc = Literal["softmax", "sigmoid"]
-DTYPES = ("float32", "bfloat16", "float16")  # that parameters and caches may have
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = tuple(DTYPE_BYTES)  # that parameters and caches may have
 
 
 def is_token_id(value: Any) -> bool:

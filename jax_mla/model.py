@@ -105,6 +105,7 @@ class DeepSeek(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         form: Form | None = None,
         remat: Remat = "none",
+        deterministic: bool = False,
         observe: Callable[[Routing], Any] | None = None,
         x: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
@@ -112,13 +113,15 @@ class DeepSeek(nnx.Module):
 
         Args:
           remat: what of each block is computed again in the backward pass, see `scan_stack`.
+          deterministic: of attention's gradients, see `pallas_kernels.flash_attention`.
           x: what this function gave for the layers before these; None embeds the tokens.
         """
 
         def watch(_, routing):
             return None if observe is None or routing is None else observe(routing)
 
-        x, observed = self._forward(tokens, positions, segment_ids, form, watch, remat, x)
+        options = {"remat": remat, "deterministic": deterministic, "x": x}
+        x, observed = self._forward(tokens, positions, segment_ids, form, watch, **options)
         return x, next((of_stack for of_stack in observed if of_stack is not None), None)
 
     def trace(
@@ -236,7 +239,9 @@ class DeepSeek(nnx.Module):
         segment_ids,
         form,
         watch=lambda x, routing: None,
+        *,
         remat: Remat = "none",
+        deterministic: bool = False,
         x=None,
     ) -> tuple[Array, list[Any]]:
         if positions is None:
@@ -246,7 +251,8 @@ class DeepSeek(nnx.Module):
         segment_ids = None if segment_ids is None else striped(segment_ids)
 
         def attend(mla, x):
-            return mla(x, tables, segment_ids=segment_ids, form=form), None
+            options = {"form": form, "deterministic": deterministic}
+            return mla(x, tables, segment_ids=segment_ids, **options), None
 
         def run(block, x, layer):
             y, _, routing = block(x, attend)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jax_mla.checkpoint.names import Leaf, leaves_of
-from jax_mla.config import DeepSeekConfig
+from jax_mla.checks import MESH_AXES, check_positive
+from jax_mla.config import DTYPE_BYTES, DeepSeekConfig
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert", "stage", "sequence")  # as `jax_mla.sharding` has
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Split = Mapping[str, tuple[str, ...]]  # the mesh axes that split a logical axis
 
 # The logical axes of every matrix, by the end of its name; experts have one more in front.
@@ -109,8 +108,11 @@ def training_bytes(
 
     Raises:
       ValueError: a mesh axis does not divide the axis that it is to split, or there is no such
-        recipe, axis or size.
+        recipe, axis, size, dtype or optimizer.
     """
+    for name, dtype in (("param", param), ("reduce", reduce)):
+        _check_known(name, dtype, DTYPE_BYTES)
+    _check_known("optimizer", optimizer, ("adamw", "muon"))
     split, parameters, gradients, moments = _recipe(recipe, mesh), 0, 0, 0
     for leaf in leaves_of(config):
         size = DTYPE_BYTES["float32" if leaf.is_always_float32 else param]
@@ -139,7 +141,7 @@ def serving_bytes(
       ValueError: a mesh axis does not divide the axis that it is to split, or there is no such
         recipe, axis or size.
     """
-    _check_positive(batch=batch)
+    check_positive(batch=batch)
     split, dtype_bytes = _recipe(recipe, mesh), DTYPE_BYTES[config.dtype]
     parameters = sum(
         (4 if leaf.is_always_float32 else dtype_bytes) * _share(leaf, split.parameters, mesh)
@@ -158,19 +160,17 @@ def serving_bytes(
 
 
 def _recipe(name: str, mesh: Mapping[str, int]) -> Recipe:
-    if name not in RECIPES:
-        raise ValueError(f"recipe {name!r} is not one of {', '.join(RECIPES)}")
+    _check_known("recipe", name, RECIPES)
     for axis, size in mesh.items():
         if axis not in MESH_AXES:
             raise ValueError(f"{axis!r} is not a mesh axis, those are {', '.join(MESH_AXES)}")
-        _check_positive(**{axis: size})
+        check_positive(**{axis: size})
     return RECIPES[name]
 
 
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+def _check_known(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
 
 
 def _share(leaf: Leaf, split: Split, mesh: Mapping[str, int]) -> int:

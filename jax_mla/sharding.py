@@ -10,9 +10,7 @@ from typing import Any, Literal, get_args
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jax_mla.arrays import check_positive
-
-MESH_AXES = ("data", "fsdp", "tensor", "expert", "stage", "sequence")
+from jax_mla.checks import MESH_AXES, check_positive
 
 MeshAxes = str | tuple[str, ...] | None
 LogicalAxis = str | tuple[str, ...] | None
@@ -107,16 +105,16 @@ class ShardingRules:
             self._check_capacity(self.expert_capacity)
         for field in dataclasses.fields(self):
             axes = getattr(self, field.name) if field.type == "MeshAxes" else None
-            for axis in _as_tuple(axes):
+            for axis in as_tuple(axes):
                 if axis not in MESH_AXES:
                     known = ", ".join(MESH_AXES)
                     raise ValueError(f"{field.name}={axis!r} is not a mesh axis, those are {known}")
         self._check_context()
 
     def _check_context(self) -> None:
-        context = set(_as_tuple(self.context))
+        context = set(as_tuple(self.context))
         for name in ("batch", "heads", "sequence"):
-            other = set(_as_tuple(getattr(self, name)))
+            other = set(as_tuple(getattr(self, name)))
             if context & other and not (name == "sequence" and context == other):
                 raise ValueError(
                     f"context={self.context!r} and {name}={getattr(self, name)!r} share mesh axis "
@@ -143,7 +141,7 @@ class ShardingRules:
           ValueError: an axis has no rule, or two axes of one array share a mesh axis.
         """
         entries = [self._mesh_axes(axis) for axis in logical_axes]
-        used = [name for entry in entries for name in _as_tuple(entry)]
+        used = [name for entry in entries for name in as_tuple(entry)]
         for axis in used:
             if used.count(axis) > 1:
                 raise ValueError(
@@ -155,7 +153,7 @@ class ShardingRules:
         if axis is None:
             return None
         if isinstance(axis, tuple):
-            return tuple(name for part in axis for name in _as_tuple(self._mesh_axes(part)))
+            return tuple(name for part in axis for name in as_tuple(self._mesh_axes(part)))
         if axis not in {field.name for field in dataclasses.fields(self)}:
             raise ValueError(f"logical axis {axis!r} has no rule in {self}")
         return getattr(self, axis)
@@ -197,7 +195,7 @@ class Placement:
 
     def axes(self, logical_axis: str) -> tuple[str, ...]:
         """The mesh axes of more than one device that split a logical axis."""
-        names = _as_tuple(getattr(self.rules, logical_axis))
+        names = as_tuple(getattr(self.rules, logical_axis))
         return tuple(name for name in names if self.mesh.shape[name] > 1)
 
     def num_shards(self, logical_axis: str) -> int:
@@ -250,5 +248,6 @@ def constrain_tokens(x: jax.Array, placement: Placement | None) -> jax.Array:
     return x if placement is None else placement.constrain(x, *placement.of_tokens(x))
 
 
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of a rule."""
     return () if axes is None else (axes,) if isinstance(axes, str) else axes

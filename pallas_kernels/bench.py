@@ -144,30 +144,25 @@ def measure(
     Args:
       names: implementations of ours.
       peers: by name, what makes a peer's function for a workload, or raises NotImplementedError.
+        A function that takes arrays in an order of its own has `arrange` and `restore`, for
+        arguments and results; neither is timed.
     """
     is_gpu = jax.default_backend() == "gpu"
     num_sets = timing.num_copies(workload.bytes) if is_gpu and _is_memory_bound(workload) else 1
     sets = [workload.arrays(seed) for seed in range(num_sets)]
     want = _reference(workload, sets[-1])
     results: list[Result] = []
-
-    def is_right(got) -> bool:
-        return _relative_rms(got, want) <= BOUNDS[workload.dtype]
-
     for name in sorted([*names, *peers], key=lambda name: name == "xla"):
         result = Result(op, workload.name, name, is_ours=name not in peers)
         results.append(result)
         try:
             implementation = peers[name](workload) if name in peers else name
-            arguments = [workload.prepare(arrays, implementation) for arrays in sets]
-            function, floor = workload.function(implementation), floor_seconds(workload)
-            got, samples = timing.measure(function, arguments, floor, is_right)
+            result.relative_rms_error, samples = _timed(workload, implementation, sets, want)
         except NotImplementedError as reason:
             result.note = f"skipped: {reason}"
         except Exception as error:  # so that one failure does not take the other figures with it
             result.note = f"FAILED: {first_line(error)}"
         else:
-            result.relative_rms_error = _relative_rms(got, want)
             if samples:
                 fill(result, workload, samples)
             else:
@@ -176,6 +171,20 @@ def measure(
         if name == "xla" and result.us:
             _compare_with_xla(results, result.us)
         yield result
+
+
+def _timed(workload, implementation, sets, want) -> tuple[float, list[float]]:
+    """The error of an implementation, and samples of seconds a call if that is within its bound."""
+    arrange = getattr(implementation, "arrange", lambda arrays: arrays)
+    restore = getattr(implementation, "restore", lambda result: result)
+
+    def is_right(got) -> bool:
+        return _relative_rms(restore(got), want) <= BOUNDS[workload.dtype]
+
+    function, floor = workload.function(implementation), floor_seconds(workload)
+    arguments = [workload.prepare(arrange(arrays), implementation) for arrays in sets]
+    got, samples = timing.measure(function, arguments, floor, is_right)
+    return _relative_rms(restore(got), want), samples
 
 
 def _compare_with_xla(results: list[Result], xla_us: float) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -48,6 +49,16 @@ def assert_close(got, want, dtype=None):
         f" (bound {LARGEST * bound:.0e} relative)"
     )
     assert relative_rms <= bound and relative[at] <= LARGEST * bound, message
+
+
+def assert_same_bits(got, want):
+    """Raises unless two trees of arrays have one structure, and equal dtypes, shapes and bits."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    leaves = jax.tree_util.tree_leaves_with_path(got)
+    for (path, x), y in zip(leaves, jax.tree.leaves(want), strict=True):
+        x, y, name = np.asarray(x), np.asarray(y), jax.tree_util.keystr(path)
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+        assert x.tobytes() == y.tobytes(), f"{name} differs"
 
 
 def poison(x, is_unread, value=np.nan):

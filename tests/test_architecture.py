@@ -18,7 +18,6 @@ SOURCES = sorted(p for room in ("jax_mla", "pallas_kernels") for p in (ROOT / ro
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"pipeline"},
     {"serving", "training"},
     {"explain", "generation", "plan", "tokenizer"},
     {"checkpoint"},
@@ -28,9 +27,13 @@ FLOORS = [
     {"cache", "sharding", "sampling"},
     {"arrays"},
     {"config"},
+    {"checks"},
 ]
 FLOOR = {part: depth for depth, floor in enumerate(FLOORS) for part in floor}
-SAME_PART = {"config_hf": "config", "config_rope": "config", "rules": "sharding"}
+# The training loop drives pipelines, which are made of the parts of its steps.
+SAME_PART = {
+    "config_hf": "config", "config_rope": "config", "pipeline": "training", "rules": "sharding",
+}  # fmt: skip
 
 # Ops are called by layers. A decode plan is made once a step for all layers, so the model makes it.
 # The doctor asks every op what would run; training is measured against the device's peak.
@@ -148,6 +151,11 @@ def test_public_names_are_frozen():
 @pytest.mark.parametrize("name", sorted(JAX_MLA_NAMES))
 def test_public_name_of_jax_mla_exists(name):
     assert (getattr(jax_mla, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", sorted(JAX_MLA_NAMES))
+def test_help_shows_what_a_public_name_takes(name):
+    assert not {"args", "kwargs"} & set(inspect.signature(getattr(jax_mla, name)).parameters)
 
 
 @pytest.mark.parametrize("name", sorted(PALLAS_KERNELS_NAMES))

@@ -1,8 +1,6 @@
 """What one token costs in the cache, against multi-head attention with the same heads."""
 
-from jax_mla.config import DeepSeekConfig
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from jax_mla.config import DTYPE_BYTES, DeepSeekConfig
 
 
 def cache_bytes_per_token(config: DeepSeekConfig) -> dict[str, int | float]:

@@ -31,6 +31,10 @@ class Run:
     def num_tokens(self) -> int:
         return sum(one.num_tokens for one in self.completions)
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
 
 def complete(
     params: Any,

@@ -12,9 +12,11 @@ PROMPT = "And it came to pass"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", help=f"may be repeated; {PROMPT!r} without it")
-    parser.add_argument("--max-new-tokens", type=completion.positive, default=200)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max-new-tokens", type=completion.positive, default=200, metavar="N", help="default 200"
+    )
+    parser.add_argument("--temperature", type=float, default=0.7, help="0.7; 0 is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     cache = cache_bytes_per_token(config)
     results = {
         "completions": [vars(one) for one in timed.completions],
-        "tokens_per_second": timed.num_tokens / timed.seconds,
+        "tokens_per_second": timed.tokens_per_second,
         "compile_seconds": max(0.0, first.seconds - timed.seconds),
         "cache_bytes_per_token": cache,
         "device": jax.devices()[0].device_kind,

@@ -15,18 +15,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, type=Path, metavar="DIR", help="checkpoint folder"
     )
     parser.add_argument("--prompt", required=True, action="append", help="may be repeated")
-    parser.add_argument("--max-new-tokens", type=completion.positive, default=128)
+    parser.add_argument(
+        "--max-new-tokens", type=completion.positive, default=128, metavar="N", help="default 128"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--top-k", type=completion.positive)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--top-k", type=completion.positive, metavar="K", help="sample from the K likeliest tokens"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the fewest tokens of probability P"
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="sample from tokens at least P times as likely as the first",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="the config's without it"
     )
     layout.add_arguments(parser)
     parser.add_argument("--stream", action="store_true", help="print text while it is generated")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; its times include compilation"
+    )
     processes.add_arguments(parser)
 
 
@@ -61,14 +74,18 @@ def run(args: argparse.Namespace) -> int:
     if not processes.is_first():
         return 0
     if args.json:
-        completions = [vars(one) for one in result.completions]
-        report.print_json({"completions": completions, "seconds": result.seconds})
+        results = {
+            "completions": [vars(one) for one in result.completions],
+            "seconds": result.seconds,
+            "tokens_per_second": result.tokens_per_second,
+        }
+        report.print_json(results)
         return 0
     if args.stream:
         print()
     else:
         print("\n\n".join(one.prompt + one.text for one in result.completions))
     if sys.stderr.isatty():
-        seconds = f"{result.seconds:.1f} s, compilation included"
-        print(f"{result.num_tokens} tokens in {seconds}", file=sys.stderr)
+        speed = f"{result.seconds:.1f} s, {result.tokens_per_second:,.1f} tokens/s"
+        print(f"{result.num_tokens} tokens in {speed}, compilation included", file=sys.stderr)
     return 0

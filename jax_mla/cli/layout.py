@@ -16,8 +16,9 @@ RULES = (
 _AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mesh", type=mesh_axes, metavar="AXIS=N,...", help="data=2,tensor=2")
+def add_arguments(parser: argparse.ArgumentParser, *, has_stages: bool = False) -> None:
+    axes = mesh_axes_and_stages if has_stages else mesh_axes
+    parser.add_argument("--mesh", type=axes, metavar="AXIS=N,...", help="such as data=2,tensor=2")
     parser.add_argument("--rules", choices=RULES, help="what lies where on the mesh")
 
 
@@ -48,12 +49,21 @@ def build(args: argparse.Namespace) -> "tuple[Mesh | None, ShardingRules | None]
 
 def mesh_axes(word: str) -> dict[str, int]:
     """An argparse type: `data=2,tensor=4`."""
+    return _axes(word, _AXES)
+
+
+def mesh_axes_and_stages(word: str) -> dict[str, int]:
+    """An argparse type: `data=2,stage=4`."""
+    return _axes(word, (*_AXES, "stage"))
+
+
+def _axes(word: str, known: tuple[str, ...]) -> dict[str, int]:
     axes = {}
     for part in word.split(","):
         name, _, size = part.partition("=")
-        if name not in _AXES or name in axes:
+        if name not in known or name in axes:
             raise argparse.ArgumentTypeError(
-                f"axes are {', '.join(_AXES[:-1])} and {_AXES[-1]}, each once, got {part!r}"
+                f"axes are {', '.join(known[:-1])} and {known[-1]}, each once, got {part!r}"
             )
         axes[name] = positive(size)
     return axes

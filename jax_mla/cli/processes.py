@@ -49,6 +49,8 @@ def join(args: argparse.Namespace) -> None:
         return
     import jax
 
+    # It would swallow every SIGTERM that comes before training has a handler of its own.
+    jax.config.update("jax_enable_preemption_service", False)
     if given:
         jax.distributed.initialize(
             args.coordinator, num_processes=args.num_processes, process_id=args.process_id

@@ -31,10 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="checkpoints, metrics, the model"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole step")
-    parser.add_argument("--steps", type=positive, required=True, help="of the whole run")
+    parser.add_argument(
+        "--steps", type=positive, required=True, help="of the whole run, and of its schedule"
+    )
     parser.add_argument("--batch", type=positive, required=True, help="rows of a step")
     parser.add_argument("--seq", type=positive, required=True, help="tokens of a row")
-    parser.add_argument("--micro-batches", type=positive, default=1, help="parts of a batch")
+    parser.add_argument(
+        "--micro-batches", type=positive, default=1, metavar="N",
+        help="parts of a batch that are computed one after the other (1)",
+    )  # fmt: skip
     parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate (3e-4)")
     parser.add_argument("--final-lr", type=float, default=0.0, help="of the last step (0)")
     parser.add_argument(
@@ -43,10 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--warmup", type=int, metavar="STEPS", help="1 %% of the steps without it")
     parser.add_argument("--decay", type=int, metavar="STEPS", help="of wsd; 20 %% without it")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="adamw")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw",
+        help="adamw (default), or muon for matrices and adamw for the rest",
+    )  # fmt: skip
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (0.1)")
-    parser.add_argument("--z-loss", type=float, default=0.0, help="factor (0)")
-    parser.add_argument("--balance-loss", type=float, default=0.0, help="factor (0)")
+    parser.add_argument("--z-loss", type=float, default=0.0, help="its factor (0)")
+    parser.add_argument("--balance-loss", type=float, default=0.0, help="its factor (0)")
     parser.add_argument("--router-bias-rate", type=float, default=1e-3, help="a step (1e-3)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16",
@@ -56,9 +64,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--remat", choices=("none", "dots", "full"), default="none",
         help="what the backward pass computes again: nothing (default), all but matmuls, blocks",
     )  # fmt: skip
-    layout.add_arguments(parser)
+    parser.add_argument(
+        "--deterministic", action="store_true",
+        help="attention's gradients are the same bits every time, also on Hopper GPUs",
+    )  # fmt: skip
+    layout.add_arguments(parser, has_stages=True)
+    parser.add_argument(
+        "--pipeline", choices=("1f1b", "gpipe"),
+        help="in which order the stages of --mesh stage=N take the micro-batches (1f1b)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of weights and order of rows (0)")
-    parser.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="1000")
+    parser.add_argument(
+        "--save-every", type=positive, default=1000, metavar="STEPS", help="default 1000"
+    )
     parser.add_argument("--keep", type=positive, default=3, help="saved steps to keep (3)")
     parser.add_argument(
         "--export-dtype", choices=("float32", "bfloat16"), default="float32",
@@ -74,14 +92,13 @@ def run(args: argparse.Namespace) -> int:
     mesh, rules = layout.build(args)
     import jax
 
-    import jax_mla
     from jax_mla.training import Checkpoints, TokenRows, read_tokens, train
 
-    recipe = _recipe(args)
+    recipe, schedule = _recipe(args), _schedule(args, mesh)
     if args.model is None:
         params, config = None, _config(args.config)
     else:
-        params, config = jax_mla.load(args.model, mesh=mesh, rules=rules)
+        params, config = _load(args.model, recipe, mesh, rules, schedule)
     tokenizer = _tokenizer(args, config)
     data = TokenRows(
         [read_tokens(path, config, tokenizer) for path in args.data],
@@ -105,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
             params=params,
             mesh=mesh,
             rules=rules,
+            pipeline_schedule=schedule,
             checkpoints=checkpoints,
             save_every=args.save_every,
             resume=args.resume,
@@ -185,8 +203,31 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
         router_bias_rate=args.router_bias_rate,
         num_micro_batches=args.micro_batches,
         remat=args.remat,
+        deterministic=args.deterministic,
         precision=Precision(compute=args.dtype),
     )
+
+
+def _load(folder: Path, recipe: "Recipe", mesh: Any, rules: Any, schedule: Any) -> Any:
+    """The parameters of a checkpoint, where a run's first state will be, and its config."""
+    import jax_mla
+    from jax_mla.checkpoint.folder import read_config
+    from jax_mla.training.steps import steps_on
+
+    config = DeepSeekConfig.from_hf(read_config(folder))
+    placed = steps_on(config, recipe, mesh, rules, schedule).joined_rules
+    return jax_mla.load(folder, mesh=mesh, rules=placed)
+
+
+def _schedule(args: argparse.Namespace, mesh: Any) -> Any:
+    """The schedule that --pipeline names; None without it."""
+    if args.pipeline is None:
+        return None
+    if mesh is None or mesh.shape["stage"] == 1:
+        raise ValueError(f"--pipeline {args.pipeline} orders stages, and --mesh names none")
+    from jax_mla import pipeline
+
+    return {"1f1b": pipeline.one_f_one_b, "gpipe": pipeline.gpipe}[args.pipeline]
 
 
 def _config(name: str) -> DeepSeekConfig:

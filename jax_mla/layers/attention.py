@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jax_mla.arrays import check_dtype, check_positive, concrete
+from jax_mla.arrays import check_dtype, concrete
+from jax_mla.checks import check_positive
 from jax_mla.layers.rope import rope_tables, rotate
 from jax_mla.layers.weight import project, weight
 from pallas_kernels import flash_attention, merge_attention
@@ -92,11 +93,21 @@ class GroupedQueryAttention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        deterministic: bool = False,
     ) -> Float[Array, "B T D"]:
-        """Causal attention of a whole sequence to itself."""
+        """Causal attention of a whole sequence to itself.
+
+        Args:
+          segment_ids: tokens attend only to tokens with their own id (packed sequences).
+          deterministic: of gradients, see `pallas_kernels.flash_attention`.
+        """
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-        out = flash_attention(*self._project(x, positions), segment_ids=segment_ids)
+        options = {"segment_ids": segment_ids, "deterministic": deterministic}
+        out = flash_attention(*self._project(x, positions), **options)
         return project("BTNH,NHD->BTD", out, self.o_proj[...])
 
     def extend(

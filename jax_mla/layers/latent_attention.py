@@ -64,6 +64,7 @@ def attend_new(
     config: DeepSeekConfig,
     form: str,
     sequence_axes: tuple[str, ...] = (),
+    deterministic: bool = False,
 ) -> Result:
     """Causal attention of new tokens to themselves; absorbed, its output is still a latent."""
     if form == "expanded":
@@ -77,7 +78,12 @@ def attend_new(
         k = rows[:, :, None, :]
         return k, k[..., : config.kv_lora_rank]
 
-    attend = functools.partial(flash_attention, scale=config.softmax_scale, return_lse=True)
+    attend = functools.partial(
+        flash_attention,
+        scale=config.softmax_scale,
+        return_lse=True,
+        deterministic=deterministic,
+    )
     if not sequence_axes:
         return attend(q, *keys_values(rows), segment_ids=segment_ids, lengths=lengths)
     everything = keys_values(gather_stripes(rows, sequence_axes))

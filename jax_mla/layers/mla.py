@@ -137,6 +137,7 @@ class MLA(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         form: Form | None = None,
+        deterministic: bool = False,
     ) -> Float[Array, "B T D"]:
         """Causal attention of a whole sequence to itself.
 
@@ -144,14 +145,15 @@ class MLA(nnx.Module):
           tables: cos and sin of the positions, from `rope_tables`; None counts from 0.
           segment_ids: tokens attend only to tokens with their own id (packed sequences).
           form: None lets `choose_form` decide.
+          deterministic: of gradients, see `pallas_kernels.flash_attention`.
         """
         tables = self._tables(x) if tables is None else tables
         q_nope, q_pe = self._queries(x, tables)
         rows = self._rows(x, tables)
         form = resolve_form(form, self.config, x.shape[1], 0)
         sequence = self._sequence(x)
-        options = {"form": form, "sequence_axes": self._axes(sequence)}
-        attend = functools.partial(attend_new, config=self.config, **options)
+        options = {"sequence_axes": self._axes(sequence), "deterministic": deterministic}
+        attend = functools.partial(attend_new, config=self.config, form=form, **options)
         new_tokens = (q_nope, q_pe, rows, *self._up_projections())
         attend = over_mesh(attend, self.placement, sequence)
         out, _ = attend(*new_tokens, segment_ids)

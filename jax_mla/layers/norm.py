@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_mla.arrays import check_positive
+from jax_mla.checks import check_positive
 from jax_mla.layers.weight import constant
 
 # The norms of the two latents use this epsilon whatever the config's rms_norm_eps is.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +15,13 @@ import numpy as np
 
 from jax_mla import inputs
 from jax_mla.functional import Params, check_params
-from jax_mla.pipeline import programs
+from jax_mla.pipeline import exchange, programs
 from jax_mla.pipeline.schedule import Schedule, one_f_one_b
 from jax_mla.pipeline.stages import Pipeline
 from jax_mla.pipeline.timeline import Timeline, simulate
 from jax_mla.training.loss import LossSums, NextTokenLoss, counted
 from jax_mla.training.recipe import Recipe
-from jax_mla.training.step import Batch, check_rows
+from jax_mla.training.step import Batch, check_rows, place_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +61,21 @@ class PipelinedGradients:
     """The loss of a batch, its gradients where the stages are, and how they were made.
 
     Attributes:
-      gradients: of each stage, of its part of the parameters and in their dtypes.
-      loads: of each stage, its part of `NextTokenLoss.load`; None without MoE layers.
+      loss: on all devices of the mesh.
+      gradients: of each stage, of its part of the parameters and in their dtypes; None where no
+        device of the stage is this process's.
+      loads: of each stage, its part of `NextTokenLoss.load`; None without MoE layers, and where the
+        gradients are.
     """
 
     loss: NextTokenLoss
-    gradients: tuple[Params, ...]
+    gradients: tuple[Params | None, ...]
     loads: tuple[Any, ...]
     execution: Execution
 
 
 def loss_and_gradients(
-    params: Sequence[Params],
+    params: Sequence[Params | None],
     pipeline: Pipeline,
     batch: Batch,
     *,
@@ -86,19 +90,20 @@ def loss_and_gradients(
     whole batch. A stage keeps no more of a micro-batch than its input; going backward it computes
     its layers again from there, and within that by `recipe.remat`. Both schedules add gradients up
     in the order of the micro-batches, and so agree to the bit where the devices are deterministic.
+    Several processes call this together, with equal arguments.
 
     Args:
       params: of each stage, on its devices, see `Pipeline.split`.
-      batch: in the host's memory or on any device.
+      batch: in the host's memory or on any device; the whole of it, in every process.
       schedule: `gpipe`, `one_f_one_b` or your own, given the numbers of stages and micro-batches.
       loss_scales: of float16, for each stage on its devices; gradients are divided by it again.
-      measure: waits for every op before the next begins and takes its time. Call once before, or
-        the time includes compilation.
+      measure: waits for every op before the next begins and takes its time, in one process only.
+        Call once before, or the time includes compilation.
 
     Raises:
       ValueError: the batch is none for `next_token_loss`, rows cannot be divided into micro-batches
-        or over a stage's devices, the schedule is one for other numbers, or the parameters are not
-        those of the stages or not on their devices.
+        or over a stage's devices, the schedule is one for other numbers, the parameters are not
+        those of the stages or not on their devices, or several processes are to measure.
 
     Cost: two forward passes and one backward pass of every micro-batch, of which a bubble comes on
     top; between two stages B * T * D numbers go there and as many back.
@@ -114,6 +119,10 @@ def loss_and_gradients(
             f"the schedule is for {plan.num_stages} stages and {plan.num_micro_batches} "
             f"micro-batches, the pipeline has {pipeline.num_stages} and the recipe {num_parts}"
         )
+    if measure and pipeline.mesh.is_multi_process:
+        raise ValueError(
+            f"measure=True needs all stages in one process, {jax.process_count()} have a part"
+        )
     _check_params(params, pipeline)
     batch = jax.tree.map(np.asarray, batch)
     num_tokens = np.asarray(counted(batch.tokens, batch.segment_ids, batch.loss_mask).sum())
@@ -123,23 +132,46 @@ def loss_and_gradients(
         (run.forward if op.kind == "forward" else run.backward)(stage, op.micro_batch)
 
     gradients = _tied(run.gradients, pipeline)
-    sums = [programs.added_up(of_stage) for of_stage in run.sums]
-    loss = programs.mean_loss(jax.device_put(sums, pipeline.sharding(0)), num_tokens, num_rows)
+    sums = [programs.added_up(of_stage) if of_stage else None for of_stage in run.sums]
     return PipelinedGradients(
-        loss=loss,
-        gradients=tuple(map(programs.unscaled, gradients, params, scales)),
-        loads=tuple(of_stage.load for of_stage in sums),
+        loss=_mean_loss(sums, pipeline, num_tokens, num_rows),
+        gradients=tuple(
+            None if gs is None else programs.unscaled(gs, of_stage, scale)
+            for gs, of_stage, scale in zip(gradients, params, scales, strict=True)
+        ),
+        loads=tuple(None if of_stage is None else of_stage.load for of_stage in sums),
         execution=run.execution(plan),
     )
 
 
-def _check_params(params: Sequence[Params], pipeline: Pipeline) -> None:
-    """Every stage has parameters: its own, on its own devices."""
+def _mean_loss(sums: Sequence[LossSums | None], pipeline: Pipeline, num_tokens, num_rows: int):
+    """The loss of the batch, from the sums of every stage."""
+    num_dense = pipeline.config.num_dense_layers
+    num_moe = tuple(max(end - max(first, num_dense), 0) for first, end in pipeline.layers)
+    even = [
+        None if of_stage is None else programs.evened(of_stage, pipeline.config, max(num_moe))
+        for of_stage in sums
+    ]
+    has_capacity = pipeline.rules.expert_capacity is not None and pipeline.meshes[0].size > 1
+    return programs.mean_loss(
+        exchange.everywhere(even, pipeline),
+        num_tokens,
+        num_rows=num_rows,
+        num_moe=num_moe,
+        counts_dropped=has_capacity and any(num_moe),
+    )
+
+
+def _check_params(params: Sequence[Params | None], pipeline: Pipeline) -> None:
+    """Every stage that is here has parameters: its own, on its own devices."""
     if len(params) != pipeline.num_stages:
         raise ValueError(
             f"parameters of {len(params)} stages were given, the pipeline has {pipeline.num_stages}"
         )
     for stage, of_stage in enumerate(params):
+        if not pipeline.is_here(stage):
+            continue
+        of_stage = {} if of_stage is None else of_stage
         layers, devices = pipeline.layers[stage], set(pipeline.meshes[stage].devices.flat)
         try:
             check_params(of_stage, pipeline.config, pipeline.rules, layers)
@@ -161,6 +193,9 @@ class _Run:
         self.params, self.pipeline, self.batch, self.recipe = params, pipeline, batch, recipe
         self.num_tokens, self.loss_scales, self.measure = num_tokens, loss_scales, measure
         stages = range(pipeline.num_stages)
+        num_rows, num_tokens = batch.tokens.shape
+        shape = (num_rows // recipe.num_micro_batches, num_tokens, pipeline.config.hidden_size)
+        self.hidden = jax.ShapeDtypeStruct(shape, recipe.precision.compute)
         self.held = [{} for _ in stages]  # micro-batch: its input
         self.output_gradients = [{} for _ in stages]
         self.sums: list[list[LossSums]] = [[] for _ in stages]
@@ -168,32 +203,42 @@ class _Run:
         self.peak_held, self.peak_held_bytes = ([0] * len(stages) for _ in range(2))
         self.gradients = [
             programs.no_gradients(of_stage, pipeline=pipeline, stage=stage, recipe=recipe)
+            if pipeline.is_here(stage)
+            else None
             for stage, of_stage in enumerate(params)
         ]
 
     def forward(self, stage: int, i: int) -> None:
         if stage == 0:
             self._receive(0, i, None)
-        y, sums = self._call("forward", stage, self.params[stage], *self.held[stage][i])
-        self.sums[stage].append(sums)
-        if y is not None:
-            self._receive(stage + 1, i, y)
+        y = None
+        if self.pipeline.is_here(stage):
+            y, sums = self._call("forward", stage, self.params[stage], *self.held[stage][i])
+            self.sums[stage].append(sums)
+        if stage + 1 < self.pipeline.num_stages:
+            self._receive(stage + 1, i, self._move(y, stage, stage + 1))
 
     def backward(self, stage: int, i: int) -> None:
-        self.gradients[stage], of_x = self._call(
-            "backward",
-            stage,
-            self.params[stage],
-            self.gradients[stage],
-            *self.held[stage].pop(i),
-            self.output_gradients[stage].pop(i, None),
-            self.num_tokens,
-            len(self.batch.tokens),
-            self.loss_scales[stage],
-        )
-        if of_x is not None:
-            where = self.pipeline.sharding(stage - 1, "batch", "sequence", None)
-            self.output_gradients[stage - 1][i] = jax.device_put(of_x, where)
+        held, of_y, of_x = self.held[stage].pop(i), self.output_gradients[stage].pop(i, None), None
+        if self.pipeline.is_here(stage):
+            self.gradients[stage], of_x = self._call(
+                "backward",
+                stage,
+                self.params[stage],
+                self.gradients[stage],
+                *held,
+                of_y,
+                self.num_tokens,
+                len(self.batch.tokens),
+                self.loss_scales[stage],
+            )
+        if stage > 0:
+            self.output_gradients[stage - 1][i] = self._move(of_x, stage, stage - 1)
+
+    def _move(self, x, source: int, target: int):
+        """Hidden states, or their gradients, on another stage."""
+        spec = self.pipeline.rules.spec(("batch", "sequence", None))
+        return exchange.move(x, self.hidden, self.pipeline, source, target, spec)
 
     def execution(self, schedule: Schedule) -> Execution:
         means = {
@@ -203,17 +248,18 @@ class _Run:
         return Execution(schedule, tuple(self.peak_held), tuple(self.peak_held_bytes), **means)
 
     def _receive(self, stage: int, i: int, x) -> None:
-        """Puts a micro-batch's rows and its hidden states on the devices of a stage."""
+        """Holds a micro-batch's hidden states, and its rows on the devices of a stage."""
         # Micro-batch i has the rows i, i + num_parts, ..., as in `train_step`.
         rows = jax.tree.map(lambda a: a[i :: self.recipe.num_micro_batches], self.batch)
-        rows = jax.device_put(rows, self.pipeline.sharding(stage, "batch", "sequence"))
-        if x is not None:
-            x = jax.device_put(x, self.pipeline.sharding(stage, "batch", "sequence", None))
+        num_bytes = sum(a.nbytes for a in jax.tree.leaves(rows))
+        if stage > 0:
+            num_bytes += math.prod(self.hidden.shape) * self.hidden.dtype.itemsize
+        if self.pipeline.is_here(stage):
+            rows = place_batch(rows, self.pipeline.meshes[stage], self.pipeline.rules)
         held = self.held[stage]
         held[i] = x, rows
         self.peak_held[stage] = max(self.peak_held[stage], len(held))
-        num_bytes = sum(a.nbytes for a in jax.tree.leaves(held))
-        self.peak_held_bytes[stage] = max(self.peak_held_bytes[stage], num_bytes)
+        self.peak_held_bytes[stage] = max(self.peak_held_bytes[stage], len(held) * num_bytes)
 
     def _call(self, kind: str, stage: int, *args):
         run = functools.partial(
@@ -228,12 +274,19 @@ class _Run:
         return result
 
 
-def _tied(gradients: list[Params], pipeline: Pipeline) -> list[Params]:
+def _tied(gradients: list[Params | None], pipeline: Pipeline) -> list[Params | None]:
     """Both copies of a tied embedding get the gradients of both."""
     if pipeline.num_stages == 1 or not pipeline.config.tie_word_embeddings:
         return gradients
-    first, *between, last = gradients
-    name = "embed_tokens"
-    total = first[name] + jax.device_put(last[name], first[name].sharding)
-    moved = jax.device_put(total, last[name].sharding)
-    return [first | {name: total}, *between, last | {name: moved}]
+    (first, *between, last), end = gradients, pipeline.num_stages - 1
+    name, spec = "embed_tokens", pipeline.rules.gradients().spec(("vocab", "embed"))
+    of_first, of_last = (None if part is None else part[name] for part in (first, last))
+    like = of_last if of_first is None else of_first
+    given = exchange.move(of_last, like, pipeline, end, 0, spec)
+    total = None if of_first is None else of_first + given
+    given = exchange.move(total, like, pipeline, 0, end, spec)
+    return [
+        None if first is None else first | {name: total},
+        *between,
+        None if last is None else last | {name: given},
+    ]

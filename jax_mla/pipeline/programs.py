@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params
 from jax_mla.pipeline.stages import Pipeline
 from jax_mla.sharding import constrain_tokens, placement_of
@@ -45,6 +47,7 @@ def _forward(params, x, batch, pipeline, stage, recipe):
         precision=recipe.precision,
         remat=recipe.remat,
         chunk_tokens=recipe.chunk_tokens,
+        deterministic=recipe.deterministic,
         rules=pipeline.rules,
         layers=pipeline.layers[stage],
         x=x,
@@ -99,11 +102,14 @@ def unscaled(gradients: Params, params: Params, loss_scale: Array) -> Params:
 
 
 @jax.jit
-def square_sum(gradients: Params) -> Array:
-    return optax.tree.norm(gradients, squared=True)
+def square_sum_and_finiteness(gradients: Params) -> tuple[Array, Array]:
+    return optax.tree.norm(gradients, squared=True), all_finite(gradients)
 
 
-is_finite = jax.jit(all_finite)
+@functools.partial(jax.jit, static_argnames="is_scaled")
+def norm_of(squares: Array, finite: Array, *, is_scaled: bool) -> tuple[Array, Array]:
+    """The norm of all gradients from the square sums of the stages, and whether all are finite."""
+    return jnp.sqrt(squares.sum()), finite.all() if is_scaled else jnp.array(True)
 
 
 @jax.jit
@@ -112,17 +118,38 @@ def added_up(sums: list[LossSums]) -> LossSums:
     return jax.tree.map(lambda *x: sum(x), *sums)
 
 
-@functools.partial(jax.jit, static_argnames="num_rows")
-def mean_loss(sums: list[LossSums], num_tokens: Array, num_rows: int) -> NextTokenLoss:
-    """The loss of a batch from the sums of every stage."""
-    loads = [of_stage.load for of_stage in sums if of_stage.load is not None]
-    dropped = [of_stage.num_dropped for of_stage in sums if of_stage.num_dropped is not None]
+@functools.partial(jax.jit, static_argnames=("config", "num_layers"))
+def evened(sums: LossSums, config: DeepSeekConfig, num_layers: int) -> LossSums:
+    """Sums in the same shapes in every stage: loads of `num_layers` layers, of which some are 0."""
+    load = jnp.zeros((num_layers, config.n_routed_experts or 0), jnp.int32)
+    if sums.load is not None:
+        load = load.at[: len(sums.load)].set(sums.load)
+    dropped = jnp.int32(0) if sums.num_dropped is None else sums.num_dropped
+    return dataclasses.replace(sums, load=load, num_dropped=dropped)
+
+
+@functools.partial(jax.jit, static_argnames=("num_rows", "num_moe", "counts_dropped"))
+def mean_loss(
+    sums: LossSums,
+    num_tokens: Array,
+    *,
+    num_rows: int,
+    num_moe: tuple[int, ...],
+    counts_dropped: bool,
+) -> NextTokenLoss:
+    """The loss of a batch from what `evened` gave in every stage.
+
+    Args:
+      sums: with an axis of stages first.
+      num_moe: how many layers of experts every stage has.
+    """
+    loads = [load[:n] for load, n in zip(sums.load, num_moe, strict=True)]
     return LossSums(
-        nll=sums[-1].nll,
-        squared_lse=sums[-1].squared_lse,
-        balance=sum(of_stage.balance for of_stage in sums),
-        load=jnp.concatenate(loads) if loads else None,
-        num_dropped=sum(dropped) if dropped else None,
+        nll=sums.nll[-1],
+        squared_lse=sums.squared_lse[-1],
+        balance=sums.balance.sum(),
+        load=jnp.concatenate(loads) if any(num_moe) else None,
+        num_dropped=sums.num_dropped.sum() if counts_dropped else None,
     ).means(num_tokens, num_rows)
 
 
@@ -147,12 +174,6 @@ def update(
         )
     new_state = updated(state, gradients, load, recipe, is_finite)
     return jax.lax.with_sharding_constraint(new_state, stage_shardings(pipeline, stage, recipe))
-
-
-@_of_stage
-def copied(state: TrainState, *, pipeline: Pipeline, stage: int, recipe: Recipe) -> TrainState:
-    copy = jax.tree.map(jnp.copy, state)
-    return jax.lax.with_sharding_constraint(copy, stage_shardings(pipeline, stage, recipe))
 
 
 def stage_shardings(pipeline: Pipeline, stage: int, recipe: Recipe) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Literal, NamedTuple
 
-from jax_mla.arrays import check_positive
+from jax_mla.checks import check_positive
 
 
 class Op(NamedTuple):

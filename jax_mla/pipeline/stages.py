@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jax_mla.arrays import check_positive
+from jax_mla.checks import check_positive
 from jax_mla.config import DeepSeekConfig
-from jax_mla.functional import Params, param_shardings
-from jax_mla.sharding import MESH_AXES, ShardingRules
+from jax_mla.functional import Params, init, param_shardings
+from jax_mla.pipeline import joining
+from jax_mla.sharding import MESH_AXES, ShardingRules, as_tuple
 
 _STACKS = ("dense_layers", "moe_layers")
 _NAMES = {"embed_tokens", *_STACKS, "norm", "lm_head"}
@@ -29,13 +30,14 @@ class Pipeline:
 
     Attributes:
       mesh: of `make_mesh`; stage i has the devices with index i on its axis `stage`.
+        Every process must have some of them.
       rules: what lies where within a stage.
       layers_per_stage: None cuts evenly; stages with a layer more come first, as the last one also
         has the head.
 
     Raises:
-      ValueError: the layers cannot be cut so, or the mesh is not one of `make_mesh` and this
-        process.
+      ValueError: the layers cannot be cut so, or the mesh is not one of `make_mesh` and all
+        processes.
     """
 
     config: DeepSeekConfig
@@ -50,15 +52,19 @@ class Pipeline:
                 f"{self.mesh.axis_names}"
             )
         processes = {device.process_index for device in self.mesh.devices.flat}
-        if processes != {jax.process_index()}:
+        if len(processes) != jax.process_count():
             raise ValueError(
-                f"a pipeline is driven by one process, this is process {jax.process_index()} and "
-                f"the mesh has devices of processes {sorted(processes)}"
+                f"{jax.process_count()} processes run a pipeline together, the mesh has devices of "
+                f"{sorted(processes)} only"
             )
-        split = self.rules.layers
-        names = () if split is None else (split,) if isinstance(split, str) else split
-        if any(self.mesh.shape[name] > 1 for name in names if name != "stage"):
-            raise ValueError(f"a pipeline splits layers over 'stage', rules.layers is {split!r}")
+        if any(
+            self.mesh.shape[name] > 1 for name in as_tuple(self.rules.layers) if name != "stage"
+        ):
+            raise ValueError(
+                f"a pipeline splits layers over 'stage', rules.layers is {self.rules.layers!r}"
+            )
+        # Stages have their layers whole.
+        object.__setattr__(self, "rules", dataclasses.replace(self.rules, layers=None))
         num_layers = self.config.num_hidden_layers
         if self.num_stages > num_layers:
             raise ValueError(
@@ -111,25 +117,49 @@ class Pipeline:
         whole = param_shardings(self.config, self.meshes[stage], rules)
         return self.part(whole, stage, take=lambda sharding, first, end: sharding)
 
-    def split(self, params: Params) -> tuple[Params, ...]:
-        """The parameters of every stage, on its devices."""
-        return tuple(
-            jax.device_put(self.part(params, stage), self.param_shardings(stage))
-            for stage in range(self.num_stages)
-        )
+    def is_here(self, stage: int) -> bool:
+        """Whether this process has a device of the stage, and so runs its programs."""
+        return bool(self.meshes[stage].local_devices)
 
-    def join(self, parts: Sequence[Any]) -> Any:
-        """Parameters, gradients or optimizer state of the whole model, in the host's memory.
+    @functools.cached_property
+    def joined_rules(self) -> ShardingRules:
+        """Where parameters and state of the whole model lie while no stage computes.
+
+        As the rules say, and over the stages too, where these divide hidden size and latents.
+        """
+        rules = _also_over_stages(self.rules)
+        try:
+            for of in (rules, rules.gradients(), rules.optimizer()):
+                param_shardings(self.config, self.mesh, of)
+        except ValueError:
+            return self.rules
+        return rules
+
+    def split(self, params: Params) -> tuple[Params | None, ...]:
+        """The parameters of every stage, copied to its devices; None where none is this process's.
 
         Args:
-          parts: trees of all stages. What is no layer's is taken from the first stage that has it.
+          params: in the memory of every process, or on devices; of all `joined_rules` need least
+            memory.
         """
-        whole = [jax.device_get(part) for part in parts]
-        return jax.tree.map(
-            lambda *same: _joined(same) if _holds_params(same[0]) else same[0],
-            *whole,
-            is_leaf=_holds_params,
-        )
+        return joining.split(params, self, **self._placed())
+
+    def join(self, parts: Sequence[Params | None]) -> Params:
+        """Parameters of the whole model on the whole mesh, by `joined_rules`.
+
+        Args:
+          parts: as from `split`; also gradients, of rules that put them where parameters are.
+        """
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        like = jax.eval_shape(functools.partial(init, config=self.config), key)
+        return joining.join(parts, self, like, **self._placed())
+
+    def _placed(self) -> dict[str, Params]:
+        """Where parameters lie in the stages and between them."""
+        return {
+            "inside": param_shardings(self.config, self.mesh, self.rules),
+            "joined": param_shardings(self.config, self.mesh, self.joined_rules),
+        }
 
     def part(
         self,
@@ -173,12 +203,13 @@ def _holds_params(x: Any) -> bool:
     return isinstance(x, dict) and bool(x) and set(x) <= _NAMES
 
 
-def _joined(parts: Sequence[Params]) -> Params:
-    whole = {}
-    for name in sorted(_NAMES):
-        found = [part[name] for part in parts if name in part]
-        if name in _STACKS and found:
-            whole[name] = jax.tree.map(lambda *x: np.concatenate(x), *found)
-        elif found:
-            whole[name] = found[0]
-    return whole
+def _also_over_stages(rules: ShardingRules) -> ShardingRules:
+    """Rules that split what ZeRO splits over `stage` as well."""
+    split = ("embed", "latent", "gradient_split", "optimizer_split")
+    axes = {name: getattr(rules, name) for name in split}
+    more = {
+        name: (*as_tuple(value), "stage")
+        for name, value in axes.items()
+        if value is not None or not name.endswith("_split")
+    }
+    return dataclasses.replace(rules, **more)

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+from jax import Array
 
 from jax_mla.functional import Params
-from jax_mla.pipeline import programs
+from jax_mla.pipeline import exchange, joining, programs
 from jax_mla.pipeline.execute import loss_and_gradients
 from jax_mla.pipeline.schedule import Schedule, one_f_one_b
 from jax_mla.pipeline.stages import Pipeline
 from jax_mla.training.recipe import Recipe
-from jax_mla.training.state import TrainState
+from jax_mla.training.state import TrainState, abstract_state, state_shardings
 from jax_mla.training.step import Batch, StepMetrics, step_metrics
 
-States = tuple[TrainState, ...]
+States = tuple[TrainState | None, ...]
 
 
 def split_state(state: TrainState, pipeline: Pipeline, *, recipe: Recipe) -> States:
-    """The TrainState of every stage, copied to its devices; counters are in all of them."""
-    states = []
-    for stage in range(pipeline.num_stages):
-        shardings = programs.stage_shardings(pipeline, stage, recipe)
-        # device_put may hand on the buffers of `state`, and steps delete what they are given.
-        part = jax.device_put(pipeline.part(state, stage), shardings)
-        states.append(programs.copied(part, pipeline=pipeline, stage=stage, recipe=recipe))
-    return tuple(states)
+    """The TrainState of every stage, copied to its devices; counters are in all of them.
+
+    None where no device of the stage is this process's.
+    """
+    return joining.split(state, pipeline, **_placed(pipeline, recipe))
 
 
-def join_state(states: Sequence[TrainState], pipeline: Pipeline) -> TrainState:
-    """The state of the whole model in the host's memory, as `train_step` takes it."""
-    return pipeline.join(states)
+def join_state(states: States, pipeline: Pipeline, *, recipe: Recipe) -> TrainState:
+    """The state of the whole model, on the pipeline's mesh by its `joined_rules`."""
+    like = abstract_state(pipeline.config, recipe=recipe)
+    return joining.join(states, pipeline, like, **_placed(pipeline, recipe))
+
+
+def _placed(pipeline: Pipeline, recipe: Recipe) -> dict[str, TrainState]:
+    """Where a state lies in the stages and between them."""
+    config, mesh = pipeline.config, pipeline.mesh
+    return {
+        "inside": state_shardings(config, mesh, pipeline.rules, recipe=recipe),
+        "joined": state_shardings(config, mesh, pipeline.joined_rules, recipe=recipe),
+    }
 
 
 def pipeline_train_step(
@@ -56,48 +63,59 @@ def pipeline_train_step(
     Raises:
       ValueError: as `loss_and_gradients`.
     """
-    scales = [state.loss_scale.scale for state in states if state.loss_scale is not None]
+    here = next(state for state in states if state is not None)
+    is_scaled = here.loss_scale is not None
     result = loss_and_gradients(
-        [state.params for state in states],
+        [None if state is None else state.params for state in states],
         pipeline,
         batch,
         recipe=recipe,
         schedule=schedule,
-        loss_scales=scales or None,
+        loss_scales=[_scale(state) for state in states] if is_scaled else None,
     )
-    grad_norm, is_finite = norm_and_finiteness(result.gradients, pipeline, is_scaled=bool(scales))
-    metrics = step_metrics(states[0], result.loss, grad_norm, is_finite, recipe)
+    grad_norm, is_finite = norm_and_finiteness(result.gradients, pipeline, is_scaled=is_scaled)
+    metrics = step_metrics(here, result.loss, grad_norm, is_finite, recipe)
     new_states = []
     for stage, state in enumerate(states):
-        everywhere = jax.device_put((grad_norm, is_finite), pipeline.sharding(stage))
-        options = {"pipeline": pipeline, "stage": stage, "recipe": recipe}
-        args = (state, result.gradients[stage], result.loads[stage], *everywhere)
-        new_states.append(programs.update(*args, **options))
+        if state is not None:
+            of_all = (exchange.on_stage(x, pipeline, stage) for x in (grad_norm, is_finite))
+            options = {"pipeline": pipeline, "stage": stage, "recipe": recipe}
+            args = (state, result.gradients[stage], result.loads[stage], *of_all)
+            state = programs.update(*args, **options)
+        new_states.append(state)
     return _tied(new_states, pipeline), metrics
 
 
-def norm_and_finiteness(gradients: Sequence[Params], pipeline: Pipeline, *, is_scaled: bool):
-    """The norm of the gradients of all stages, and whether all are finite; on the first stage.
+def _scale(state: TrainState | None) -> Any:
+    return None if state is None or state.loss_scale is None else state.loss_scale.scale
+
+
+def norm_and_finiteness(
+    gradients: Sequence[Params | None], pipeline: Pipeline, *, is_scaled: bool
+) -> tuple[Array, Array]:
+    """The norm of the gradients of all stages, and whether all are finite; on all devices.
 
     Args:
       is_scaled: of float16; others count as finite, as in `train_step`.
     """
-    if pipeline.config.tie_word_embeddings and pipeline.num_stages > 1:
-        *others, last = gradients  # the copy of the embedding counts once
+    *others, last = gradients
+    if pipeline.config.tie_word_embeddings and others and last is not None:
+        # The copy of the embedding counts once.
         gradients = [*others, {k: v for k, v in last.items() if k != "embed_tokens"}]
-    here = pipeline.sharding(0)
-    squares = jax.device_put([programs.square_sum(g) for g in gradients], here)
-    grad_norm = jnp.sqrt(sum(squares))
-    if not is_scaled:
-        return grad_norm, jax.device_put(jnp.array(True), here)
-    finite = jax.device_put([programs.is_finite(g) for g in gradients], here)
-    return grad_norm, jnp.stack(finite).all()
+    seen = [part and programs.square_sum_and_finiteness(part) for part in gradients]
+    squares, finite = exchange.everywhere(seen, pipeline)
+    return programs.norm_of(squares, finite, is_scaled=is_scaled)
 
 
-def _tied(states: list[TrainState], pipeline: Pipeline) -> States:
+def _tied(states: list[TrainState | None], pipeline: Pipeline) -> States:
     """The last stage's copy of a tied embedding is the first stage's, to the bit."""
-    if pipeline.config.tie_word_embeddings and pipeline.num_stages > 1:
-        first, last = states[0].params["embed_tokens"], states[-1].params
-        copy = jax.device_put(first, last["embed_tokens"].sharding)
-        states[-1] = dataclasses.replace(states[-1], params=last | {"embed_tokens": copy})
-    return tuple(states)
+    if pipeline.num_stages == 1 or not pipeline.config.tie_word_embeddings:
+        return tuple(states)
+    (first, *between, last), end = states, pipeline.num_stages - 1
+    name, spec = "embed_tokens", pipeline.rules.spec(("vocab", "embed"))
+    of_first, of_last = (None if part is None else part.params[name] for part in (first, last))
+    like = of_last if of_first is None else of_first
+    copy = exchange.move(of_first, like, pipeline, 0, end, spec)
+    if last is not None:
+        last = dataclasses.replace(last, params=last.params | {name: copy})
+    return (first, *between, last)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from jax_mla.arrays import check_positive
+from jax_mla.checks import check_positive
 from jax_mla.pipeline.schedule import Op, Schedule
 
 

@@ -78,6 +78,7 @@ def next_token_loss(
     precision: Precision | None = None,
     remat: Remat = "none",
     chunk_tokens: int = 4096,
+    deterministic: bool = False,
     rules: ShardingRules | None = None,
 ) -> NextTokenLoss:
     """Mean of -log p(tokens[:, t + 1] | tokens[:, : t + 1]) over all positions but the last.
@@ -92,6 +93,7 @@ def next_token_loss(
       chunk_tokens: the most tokens of a device whose logits exist at one time, here and in the
         backward pass, which computes them again; but at least one position of every row. Devices
         add up the head's gradient anew for every chunk.
+      deterministic: of attention's gradients, see `Recipe`.
       rules: those by which the parameters lie on their mesh; None takes the defaults.
 
     Raises:
@@ -110,13 +112,15 @@ def next_token_loss(
         "precision": precision,
         "remat": remat,
         "chunk_tokens": chunk_tokens,
+        "deterministic": deterministic,
         "rules": rules,
     }
     return _next_token_loss(params, config, tokens, segment_ids, loss_mask, **options)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "precision", "remat", "chunk_tokens", "rules")
+    jax.jit,
+    static_argnames=("config", "precision", "remat", "chunk_tokens", "deterministic", "rules"),
 )
 def _next_token_loss(params, config, tokens, segment_ids, loss_mask, **options):
     is_counted = counted(tokens, segment_ids, loss_mask)
@@ -148,6 +152,7 @@ def loss_sums(
     precision: Precision | None,
     remat: Remat,
     chunk_tokens: int,
+    deterministic: bool = False,
     rules: ShardingRules | None,
     layers: tuple[int, int] | None = None,
     x: Float[Array, "B T D"] | None = None,
@@ -168,9 +173,8 @@ def loss_sums(
     trunk = bind(narrow, config, rules, layers=layers)
     tokens = jnp.asarray(tokens)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    x, observed = trunk.hidden_states(
-        tokens, segment_ids=segment_ids, remat=remat, observe=observe, x=x
-    )
+    options = {"remat": remat, "deterministic": deterministic, "observe": observe, "x": x}
+    x, observed = trunk.hidden_states(tokens, segment_ids=segment_ids, **options)
     load, balance, num_dropped = (None, jnp.zeros(()), None) if observed is None else observed
     of_layers = balance.sum(), load, None if num_dropped is None else num_dropped.sum()
     if not trunk.is_last:

@@ -38,6 +38,10 @@ class Recipe:
       num_micro_batches: parts of a batch whose gradients are added up one after the other.
       remat: what the backward pass computes again, see `next_token_loss`.
       chunk_tokens: see `next_token_loss`.
+      deterministic: attention's gradients are the same bits every time, which costs a Hopper GPU a
+        second kernel and nothing elsewhere. XLA adds up other gradients on a GPU (the embedding's,
+        those of tokens with several experts) in the order of time, unless it is started with
+        XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true.
 
     Raises:
       ValueError: a value is out of its range.
@@ -61,6 +65,7 @@ class Recipe:
     num_micro_batches: int = 1
     remat: Remat = "none"
     chunk_tokens: int = 4096
+    deterministic: bool = False
     precision: Precision = dataclasses.field(default_factory=Precision)
 
     def __post_init__(self) -> None:

@@ -20,11 +20,12 @@ from jax_mla.training.data import TokenRows
 from jax_mla.training.processes import any_process
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.state import TrainState, abstract_state, init_state
-from jax_mla.training.step import StepMetrics, check_rows, place_batch, train_step
+from jax_mla.training.step import StepMetrics
+from jax_mla.training.steps import Steps, steps_on
 
-# Fields of a recipe that a resumed run may have otherwise: how far it goes, and how its sums are
-# cut into parts.
-_MAY_CHANGE = {"num_steps", "num_micro_batches", "remat", "chunk_tokens"}
+# Fields of a recipe that a resumed run may have otherwise: how far it goes, how its sums are cut
+# into parts, and whether a GPU adds them up in one order.
+_MAY_CHANGE = {"num_steps", "num_micro_batches", "remat", "chunk_tokens", "deterministic"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ def train(
     params: Params | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
+    pipeline_schedule: Callable | None = None,
     checkpoints: Checkpoints | None = None,
     save_every: int = 1000,
     resume: bool = False,
@@ -80,13 +82,17 @@ def train(
 ) -> TrainResult:
     """Trains for `recipe.num_steps` batches; a run that was interrupted goes on where it was.
 
-    On a CPU equal calls give equal bits, interrupted or not. On a Hopper GPU the last bits vary,
-    where flash attention's backward pass adds up in the order of time.
+    On a CPU equal calls give equal bits, interrupted or not; on a GPU the last bits may vary, see
+    `Recipe.deterministic`.
 
     Args:
       data: batch i is that of step i.
       seed: of the initial weights.
       params: weights to start from instead.
+      mesh: one with stages is driven as a pipeline, of `recipe.num_micro_batches`. It holds the
+        state a second time while this is saved.
+      pipeline_schedule: of its stages, `pipeline.gpipe`, `pipeline.one_f_one_b` or your own; None
+        takes the second.
       checkpoints: where to save every `save_every` steps and at the end; None does not save.
       resume: goes on from the newest whole step of `checkpoints`, on any mesh; begins anew where
         there is none.
@@ -99,7 +105,8 @@ def train(
         those of the saved run (both values are named); or the loss is not finite, in which case
         nothing is saved after the last good step.
     """
-    check_rows(data.batch_rows, data.row_tokens, recipe=recipe, mesh=mesh, rules=rules)
+    steps = steps_on(config, recipe, mesh, rules, pipeline_schedule)
+    steps.check(data)
     record = _record(config, recipe, data, seed)
     state = None
     if checkpoints is not None and checkpoints.steps():
@@ -108,11 +115,12 @@ def train(
             raise ValueError(
                 f"{checkpoints.folder} holds steps {found}: resume, or train elsewhere"
             )
-        state = _resumed(checkpoints, record, config, recipe, mesh, rules, on_notice)
+        state = _resumed(checkpoints, record, steps, on_notice)
     if state is None:
-        key = jax.random.key(seed)
-        state = init_state(key, config, recipe=recipe, params=params, mesh=mesh, rules=rules)
+        placed = {"mesh": mesh, "rules": steps.joined_rules}
+        state = init_state(jax.random.key(seed), config, recipe=recipe, params=params, **placed)
     saved = step = int(state.step)
+    state = steps.split(state)
     began, waiting = time.perf_counter(), None
     reason: Literal["finished", "stopped"] = "finished"
 
@@ -134,16 +142,16 @@ def train(
             saved = step
 
     while step < recipe.num_steps:
-        batch = place_batch(data.batch(step), mesh, rules)
-        state, metrics = train_step(state, config, batch, recipe=recipe, mesh=mesh, rules=rules)
+        state, metrics = steps(state, data.batch(step))
         step += 1
         settle()
         waiting = (step, metrics)
-        if step % save_every == 0:
-            save(state)
+        if step % save_every == 0 and step < recipe.num_steps:
+            save(steps.join(state))
         if any_process(should_stop()):
             reason = "stopped"
             break
+    state = steps.join(state)
     save(state)
     if checkpoints is not None:
         checkpoints.wait()
@@ -161,16 +169,20 @@ def _record(config, recipe, data, seed) -> dict[str, Any]:
     return json.loads(json.dumps(record))
 
 
-def _resumed(checkpoints, record, config, recipe, mesh, rules, on_notice) -> TrainState:
+def _resumed(checkpoints, record, steps: Steps, on_notice) -> TrainState:
     def check(saved: dict[str, Any]) -> None:
         for name, found, wanted in _differences(saved, record):
             raise ValueError(f"{checkpoints.folder} was trained with {name} {found}, not {wanted}")
 
-    like = abstract_state(config, recipe=recipe, mesh=mesh, rules=rules)
+    placed = {"mesh": steps.mesh, "rules": steps.joined_rules}
+    like = abstract_state(steps.config, recipe=steps.recipe, **placed)
     restored = checkpoints.restore(like, check=check)
     for reason in restored.damaged:
         on_notice(reason)
     on_notice(f"resuming after step {int(restored.state.step)}")
+    planned, wanted = restored.record["recipe"]["num_steps"], steps.recipe.num_steps
+    if planned != wanted:
+        on_notice(f"the learning rate now follows a schedule of {wanted} steps, not of {planned}")
     return restored.state
 
 

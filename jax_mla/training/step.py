@@ -102,6 +102,7 @@ def train_step(
                 precision=recipe.precision,
                 remat=recipe.remat,
                 chunk_tokens=recipe.chunk_tokens,
+                deterministic=recipe.deterministic,
                 rules=None if mesh is None else rules,
             )
             return objective(sums, recipe, num_tokens, num_rows) * scale, sums

@@ -36,7 +36,6 @@ class Config:
     registers: int = 240  # of a thread that multiplies
     memory_registers: int = 24  # of one that loads
     heads_at_once: int = 8  # heads that the whole GPU reads at a time, so that L2 can serve them
-    num_ctas: int | None = None  # None: one a multiprocessor
     sum_columns: int = 32  # of dq, float32, that lie side by side in shared memory
 
 

@@ -20,10 +20,10 @@ from pallas_kernels.flash_attention.parts_sm90 import (
     for_each_block,
     for_each_tile,
     hide_keys,
+    key_rings,
     load_keys,
     matrices,
     per_row,
-    ring,
     run_kernel,
     zeros,
 )
@@ -35,9 +35,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns out "B T N H" and lse "B N T", T rounded up to whole tiles in lse."""
     config = config or FORWARD[problem.K, problem.H]
-    num_tiles = -(-problem.T // TILE)
-    num_ctas = min(config.num_ctas or num_sms, num_tiles * problem.B * problem.N)
-    k_stages, v_stages = config.num_stages
+    tiles = query_tiles(problem, masks, config, num_sms)
     chunk = math.gcd(problem.K, problem.H)
     num_chunks = problem.K // chunk
 
@@ -48,20 +46,19 @@ def forward(
         body,
         "flash_attention_forward",
         config=config,
-        num_ctas=num_ctas,
+        num_ctas=min(num_sms, len(tiles)),
         out_type=[
             jax.ShapeDtypeStruct((problem.B, problem.T, problem.N, problem.H), q.dtype),
-            jax.ShapeDtypeStruct((problem.B, problem.N, num_tiles * TILE), jnp.float32),
+            jax.ShapeDtypeStruct((problem.B, problem.N, -(-problem.T // TILE) * TILE), jnp.float32),
         ],
         scratch_types={
             # In chunks of columns, so that a narrower result can lie in the queries' place.
             "q_smem": matrices((NUM_CONSUMERS, num_chunks, ROWS, chunk), q.dtype),
             "q_full": plgpu.Barrier(num_barriers=NUM_CONSUMERS, num_arrivals=num_chunks),
-            "keys": ring(k_stages, matrices((k_stages, config.block, problem.K), q.dtype)),
-            "values": ring(v_stages, matrices((v_stages, config.block, problem.H), q.dtype)),
+            **key_rings(problem, config, q.dtype),
             "turn": plgpu.Barrier(num_barriers=1, num_arrivals=NUM_CONSUMERS),
         },
-    )(q, k, v, query_tiles(problem, masks, config, num_ctas), *masks)
+    )(q, k, v, tiles, *masks)
     return out, lse
 
 

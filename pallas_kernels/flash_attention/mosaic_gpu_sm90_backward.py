@@ -36,13 +36,14 @@ from pallas_kernels.flash_attention.parts_sm90 import (
     for_each_tile,
     hide_keys,
     hide_queries,
+    key_rings,
     load_keys,
     load_queries,
     matrices,
     packed,
     per_column,
     per_row,
-    ring,
+    query_rings,
     run_kernel,
     store,
     zeros,
@@ -55,8 +56,7 @@ def query_gradient(
 ) -> jax.Array:
     """dq "B T N K". stats "B N 2 T" are -lse / scale and -delta."""
     config = config or BACKWARD_QUERIES[problem.K, problem.H]
-    num_ctas = min(config.num_ctas or num_sms, -(-problem.T // TILE) * problem.B * problem.N)
-    k_stages, v_stages = config.num_stages
+    tiles = query_tiles(problem, masks, config, num_sms)
 
     def body(*refs, **scratch):
         return _query_body(problem, config, *refs, **scratch)
@@ -65,16 +65,15 @@ def query_gradient(
         body,
         "flash_attention_dq",
         config=config,
-        num_ctas=num_ctas,
+        num_ctas=min(num_sms, len(tiles)),
         out_type=jax.ShapeDtypeStruct((problem.B, problem.T, problem.N, problem.K), q.dtype),
         scratch_types={
             "q_smem": matrices((NUM_CONSUMERS, ROWS, problem.K), q.dtype),
             "dout_smem": matrices((NUM_CONSUMERS, ROWS, problem.H), q.dtype),
             "tile_full": plgpu.Barrier(num_barriers=NUM_CONSUMERS, num_arrivals=2),
-            "keys": ring(k_stages, matrices((k_stages, config.block, problem.K), q.dtype)),
-            "values": ring(v_stages, matrices((v_stages, config.block, problem.H), q.dtype)),
+            **key_rings(problem, config, q.dtype),
         },
-    )(q, k, v, dout, stats, query_tiles(problem, masks, config, num_ctas), *masks)
+    )(q, k, v, dout, stats, tiles, *masks)
 
 
 def _query_body(
@@ -142,11 +141,8 @@ def key_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """dk "B S G K" and dv "B S G H", summed over the query heads of a group."""
     config = config or BACKWARD_KEYS[problem.K, problem.H]
-    num_ctas = min(config.num_ctas or num_sms, -(-problem.S // TILE) * problem.B * problem.G)
-    q_stages, dout_stages = config.num_stages
-    shape = problem.B, problem.S, problem.G
-    dk_type = jax.ShapeDtypeStruct((*shape, problem.K), q.dtype)
-    dv_type = jax.ShapeDtypeStruct((*shape, problem.H), q.dtype)
+    tiles = key_tiles(problem, masks, config, num_sms)
+    dk_type, dv_type = key_gradient_types(problem, q.dtype)
 
     def body(*refs, **scratch):
         return _key_body(problem, config, *refs, **scratch)
@@ -156,28 +152,27 @@ def key_gradients(
             body,
             "flash_attention_dk_dv",
             config=config,
-            num_ctas=num_ctas,
+            num_ctas=min(num_sms, len(tiles)),
             out_type=out_type,
             scratch_types={
                 "k_smem": matrices((NUM_CONSUMERS, ROWS, problem.K), q.dtype),
                 "v_smem": matrices((NUM_CONSUMERS, ROWS, problem.H), q.dtype),
                 "tile_full": plgpu.Barrier(num_barriers=NUM_CONSUMERS, num_arrivals=2),
-                "queries": ring(
-                    q_stages,
-                    matrices((q_stages, config.block, problem.K), q.dtype),
-                    plgpu.SMEM((q_stages, 2, config.block), jnp.float32),
-                ),
-                "douts": ring(
-                    dout_stages, matrices((dout_stages, config.block, problem.H), q.dtype)
-                ),
+                **query_rings(problem, config, q.dtype),
             },
-        )(q, k, v, dout, stats, key_tiles(problem, masks, config, num_ctas), *masks)
+        )(q, k, v, dout, stats, tiles, *masks)
 
     if problem.K + problem.H <= MAX_GRADIENT_COLUMNS:
         dk, dv = launch(dk_type, dv_type)
     else:
         (dk, _), (_, dv) = launch(dk_type, None), launch(None, dv_type)
     return dk, dv
+
+
+def key_gradient_types(problem: Problem, dtype) -> list[jax.ShapeDtypeStruct]:
+    """Of dk and dv."""
+    shape = problem.B, problem.S, problem.G
+    return [jax.ShapeDtypeStruct((*shape, size), dtype) for size in (problem.K, problem.H)]
 
 
 def _key_body(

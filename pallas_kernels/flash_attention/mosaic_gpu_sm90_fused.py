@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.config_sm90 import FUSED, ROWS, TILE, Config, Problem
+from pallas_kernels.flash_attention.config_sm90 import FUSED, ROWS, Config, Problem
 from pallas_kernels.flash_attention.mosaic_gpu_sm90_backward import (
     for_each_key_tile,
+    key_gradient_types,
     meet_queries,
     probabilities,
     score_gradients,
@@ -26,7 +27,7 @@ from pallas_kernels.flash_attention.parts_sm90 import (
     at_step,
     load_queries,
     matrices,
-    ring,
+    query_rings,
     run_kernel,
     zeros,
 )
@@ -38,10 +39,8 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq "B T N K" in float32 and without its factor `scale`; dk "B S G K", dv "B S G H"."""
     config = config or FUSED[problem.K, problem.H]
-    num_ctas = min(config.num_ctas or num_sms, -(-problem.S // TILE) * problem.B * problem.G)
-    q_stages, dout_stages = config.num_stages
+    tiles = key_tiles(problem, masks, config, num_sms)
     width = _part(problem, config, 0)[1].stop  # columns of dq that a consumer computes
-    shape = problem.B, problem.S, problem.G
 
     def body(*refs, **scratch):
         return _body(problem, config, *refs, **scratch)
@@ -50,12 +49,9 @@ def gradients(
         body,
         "flash_attention_backward",
         config=config,
-        num_ctas=num_ctas,
+        num_ctas=min(num_sms, len(tiles)),
         sum_type=jax.ShapeDtypeStruct(q.shape, jnp.float32),
-        out_type=[
-            jax.ShapeDtypeStruct((*shape, problem.K), q.dtype),
-            jax.ShapeDtypeStruct((*shape, problem.H), q.dtype),
-        ],
+        out_type=key_gradient_types(problem, q.dtype),
         scratch_types={
             "k_smem": matrices((NUM_CONSUMERS, ROWS, problem.K), q.dtype, width),
             "v_smem": matrices((NUM_CONSUMERS, ROWS, problem.H), q.dtype),
@@ -64,14 +60,9 @@ def gradients(
             "tile_full": plgpu.Barrier(num_barriers=NUM_CONSUMERS, num_arrivals=2),
             "ds_full": plgpu.Barrier(num_barriers=1, num_arrivals=NUM_CONSUMERS),
             "ds_free": plgpu.Barrier(num_barriers=1, num_arrivals=NUM_CONSUMERS),
-            "queries": ring(
-                q_stages,
-                matrices((q_stages, config.block, problem.K), q.dtype, width),
-                plgpu.SMEM((q_stages, 2, config.block), jnp.float32),
-            ),
-            "douts": ring(dout_stages, matrices((dout_stages, config.block, problem.H), q.dtype)),
+            **query_rings(problem, config, q.dtype, width),
         },
-    )(q, k, v, dout, stats, key_tiles(problem, masks, config, num_ctas), *masks)
+    )(q, k, v, dout, stats, tiles, *masks)
 
 
 def _part(problem: Problem, config: Config, wg: int) -> tuple[slice, slice]:

@@ -123,6 +123,15 @@ def for_each_tile(tiles_gmem, body):
     lax.fori_loop(0, num_turns, visit, jnp.int32(0))
 
 
+def key_rings(problem: Problem, config: Config, dtype) -> dict[str, Any]:
+    """Scratch for the blocks of keys and values."""
+    k_stages, v_stages = config.num_stages
+    return {
+        "keys": ring(k_stages, matrices((k_stages, config.block, problem.K), dtype)),
+        "values": ring(v_stages, matrices((v_stages, config.block, problem.H), dtype)),
+    }
+
+
 def load_keys(problem: Problem, config: Config, tiles, k_gmem, v_gmem, keys: Ring, values: Ring):
     """Fills the rings with the blocks of keys and values that the tiles of queries meet."""
 
@@ -140,6 +149,15 @@ def load_keys(problem: Problem, config: Config, tiles, k_gmem, v_gmem, keys: Rin
         return end
 
     for_each_tile(tiles, load_tile)
+
+
+def query_rings(problem: Problem, config: Config, dtype, columns=None) -> dict[str, Any]:
+    """Scratch for the blocks of queries, with what starts their sums, and of cotangents."""
+    q_stages, dout_stages = config.num_stages
+    q_smem = matrices((q_stages, config.block, problem.K), dtype, columns)
+    dout_smem = matrices((dout_stages, config.block, problem.H), dtype)
+    stats_smem = plgpu.SMEM((q_stages, 2, config.block), jnp.float32)
+    return {"queries": ring(q_stages, q_smem, stats_smem), "douts": ring(dout_stages, dout_smem)}
 
 
 def load_queries(

@@ -127,8 +127,9 @@ WORKLOADS = [
 ]
 WORKLOADS += DETERMINISTIC
 WORKLOADS += [
-    _sizes(32768, N=16, G=16, K=192, num_documents=16, is_backward=is_backward)
+    _sizes(32768, N=16, G=16, K=K, num_documents=16, is_backward=is_backward)
     for is_backward in (False, True)
+    for K in (192, 128)
 ]
 # A chunk of a long prompt's prefill.
 WORKLOADS += [Workload(B=1, T=2048, S=32768, N=16, G=16, K=K, H=128) for K in (192, 128)]

@@ -46,7 +46,7 @@ def combine_in_xla(out, lse, partial_out, partial_lse, num_splits):
     request = jnp.clip(jnp.searchsorted(num_splits, slot, side="right") - 1, 0, B - 1)
     # What no split has written may hold anything.
     is_used = (slot < num_splits[-1]) & is_split[request]
-    own_lse = jnp.where(is_used[:, None], partial_lse[:, :M], -jnp.inf)
+    own_lse = jnp.where(is_used[:, None], partial_lse, -jnp.inf)
     highest = jnp.maximum(jax.ops.segment_max(own_lse, request, B), LOWEST)
     weight = jnp.exp(own_lse - highest[request])
     own_out = jnp.where(weight[:, :, None] > 0, partial_out[:, :M], 0)

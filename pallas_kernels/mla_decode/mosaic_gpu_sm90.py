@@ -82,17 +82,18 @@ def _decode(config: Config, q, kv_pages, page_table, lengths, plan):
 def main_kernel(q, kv_pages, page_table, lengths, plan, config: Config):
     """out, lse, and the partial results of requests that several parts read."""
     B, M, _ = q.shape
-    tiles = -(-M // ROW_TILE)
-    parts = plan.begin_request.shape[0]
+    tiles, parts = -(-M // ROW_TILE), plan.begin_request.shape[0]
     # A single part splits nothing, so there the kernel writes no partial result.
-    splits = (plan.max_splits, tiles * ROW_TILE) if parts > 1 else (1, ROW_TILE)
+    splits = plan.max_splits if parts > 1 else 1
+    # Fewer rows than a tile are written as they are, more in whole tiles: NOTES.md.
+    partial_rows = M if M < ROW_TILE else tiles * ROW_TILE
     kernel = plgpu.kernel(
         functools.partial(_kernel, config=config),
         out_type=(
             jax.ShapeDtypeStruct((B, M, config.latent_dim), q.dtype),
             jax.ShapeDtypeStruct((B, M), jnp.float32),
-            jax.ShapeDtypeStruct((*splits, config.latent_dim), jnp.float32),
-            jax.ShapeDtypeStruct(splits, jnp.float32),
+            jax.ShapeDtypeStruct((splits, partial_rows, config.latent_dim), jnp.float32),
+            jax.ShapeDtypeStruct((splits, M), jnp.float32),
         ),
         # Tiles of a part are neighbours: they read the same pages at the same time, out of L2.
         grid=(parts, tiles),
@@ -100,7 +101,8 @@ def main_kernel(q, kv_pages, page_table, lengths, plan, config: Config):
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=_scratch(config, q.dtype),
-        compiler_params=mosaic_compat.compiler_params(),
+        # Nothing but the barriers that the code names: NOTES.md says why they are enough.
+        compiler_params=mosaic_compat.compiler_params(unsafe_no_auto_barriers=True),
         kernel_name="mla_decode",
     )
     return kernel(
@@ -121,10 +123,16 @@ def _scratch(config, dtype):
     half, rope, slots = config.latent_dim // 2, config.rope_dim, config.num_slots
     # A copy's tile must divide a row in memory as well as its own part of it.
     tiled = mosaic_compat.matmul_tiles(math.gcd(half, config.latent_dim + rope), dtype)
+    # Of 8 x 8: wider ones would need swaps of registers to be stored without bank conflicts.
+    partial_tiles = (plgpu.TilingTransform((8, 8)),)
     barrier = functools.partial(plgpu.Barrier, num_barriers=slots)
     scratch = dict(
-        # The two halves of the latent part; in the end the output on its way to memory.
-        q_smem=plgpu.SMEM((1, 2, ROW_TILE, half), dtype, transforms=tiled),
+        # The two halves of the latent part; in the end the output on its way to memory, or half of
+        # a partial one: float32 has twice the bytes.
+        q_and_partial_smem=plgpu.RefUnion(
+            plgpu.SMEM((1, 2, ROW_TILE, half), dtype, transforms=tiled),
+            plgpu.SMEM((2, ROW_TILE, half // 2), jnp.float32, transforms=partial_tiles),
+        ),
         q_rope_smem=plgpu.SMEM((1, ROW_TILE, rope), dtype, transforms=tiled),
         kv_smem=plgpu.SMEM((slots, 2, BLOCK_KV, half), dtype, transforms=tiled),
         k_rope_smem=plgpu.SMEM((slots, BLOCK_KV, rope), dtype, transforms=tiled),
@@ -146,6 +154,7 @@ def _scratch(config, dtype):
 
 def _kernel(*gmem, config, **smem):
     names = [f"{name}_gmem" for name in INPUTS + OUTPUTS]
+    smem["q_smem"], smem["partial_smem"] = smem.pop("q_and_partial_smem")
     if config.reuses_rope:
         smem["p_smem"] = smem["k_rope_smem"]
     refs = SimpleNamespace(**dict(zip(names, gmem, strict=True)), **smem)
@@ -221,7 +230,7 @@ def _left(refs, config):
             scores = mask(scores, request, i, config)
         top = scores.max(axis=1)
         decay, highest, total, p = softmax(scores, top, highest, total, config)
-        p = _publish(refs, LEFT, slot, decay, highest, total, p)
+        p = _publish(refs, config, LEFT, slot, decay, highest, total, p)
         if is_masked:
             zero_tail(refs.kv_smem.at[slot, 0], request, i)
         _accumulate(acc, decay, p, refs.kv_smem.at[slot, 0])
@@ -279,7 +288,7 @@ def _right(refs, config):
         plgpu.barrier_arrive(refs.left_free.at[right])
         left_decay, highest, total = _receive(refs, LEFT, left)
         decay, highest, total, p = softmax(scores, top, highest, total, config)
-        p = _publish(refs, RIGHT, right, decay, highest, total, p)
+        p = _publish(refs, config, RIGHT, right, decay, highest, total, p)
         _accumulate(acc, left_decay, refs.p_smem.at[left], refs.kv_smem.at[left, 1])
         plgpu.barrier_arrive(refs.right_free.at[left])
         _accumulate(acc, decay, p, refs.kv_smem.at[right, 1])
@@ -346,12 +355,14 @@ def _scores(refs, step, config):
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROW_TILE, BLOCK_KV), jnp.float32))
 
 
-def _publish(refs, side, slot, decay, highest, total, p):
+def _publish(refs, config, side, slot, decay, highest, total, p):
     """Hands probabilities and the state of the softmax to the other warpgroup; returns p rounded.
 
     Nothing but the slot's own barriers guards them: they are read before the slot is freed.
     """
     p = p.astype(refs.p_smem.dtype)
+    if config.reuses_rope:
+        plgpu.commit_smem()  # a barrier: other warps may still multiply the keys in p's place
     refs.p_smem[slot] = p
     for name, value in ((DECAY, decay), (HIGHEST, highest), (TOTAL, total)):
         refs.stats_smem[slot, name] = value

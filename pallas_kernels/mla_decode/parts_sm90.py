@@ -109,41 +109,54 @@ def rows_of(vector, matrix):
 
 
 def store_lse(refs, request):
-    tile, num_rows = lax.axis_index("tile"), refs.lse_gmem.shape[1]
-    whole_tiles, rest = divmod(num_rows, ROW_TILE)
+    """Copies exactly the rows there are: a copy of plain bytes does not stop at a row's end."""
+    tile = lax.axis_index("tile")
+    whole_tiles, rest = divmod(refs.lse_gmem.shape[1], ROW_TILE)
 
     def store(num_rows):
-        # Exactly the rows there are: a copy of plain bytes does not stop at the array's end.
-        rows = pl.ds(tile * ROW_TILE, num_rows)
-        source = refs.lse_smem.at[:num_rows]
-        plgpu.copy_smem_to_gmem(source, refs.lse_gmem.at[request.index, rows])
+        source, rows = refs.lse_smem.at[:num_rows], pl.ds(tile * ROW_TILE, num_rows)
 
-    @pl.when(request.is_split)
-    def _():
-        target = refs.partial_lse_gmem.at[request.split, row_tile()]
-        plgpu.copy_smem_to_gmem(refs.lse_smem, target)
+        @pl.when(request.is_split)
+        def _():
+            plgpu.copy_smem_to_gmem(source, refs.partial_lse_gmem.at[request.split, rows])
+
+        @pl.when(~request.is_split)
+        def _():
+            plgpu.copy_smem_to_gmem(source, refs.lse_gmem.at[request.index, rows])
 
     if whole_tiles:
-        pl.when(~request.is_split & (tile < whole_tiles))(lambda: store(ROW_TILE))
+        pl.when(tile < whole_tiles)(lambda: store(ROW_TILE))
     if rest:
-        pl.when(~request.is_split & (tile == whole_tiles))(lambda: store(rest))
+        pl.when(tile == whole_tiles)(lambda: store(rest))
 
 
 def store_half(refs, request, side, result):
     """Writes half of the output's columns: a split's in float32, a whole request's in q's dtype."""
-    columns = pl.ds(side * result.shape[1], result.shape[1])
+    half, width = result.shape[1], refs.partial_smem.shape[2]
+
+    def store(value, staged, target, column=0):
+        # Where the queries were, which have been read. A tensor copy: what it would write behind
+        # the last row is cut off.
+        staged[...] = value.astype(staged.dtype)
+        plgpu.commit_smem()
+        columns = pl.ds(side * half + column, value.shape[1])
+        plgpu.copy_smem_to_gmem(staged, target.at[row_tile(), columns])
 
     @pl.when(request.is_split)
     def _():
-        refs.partial_out_gmem[request.split, row_tile(), columns] = result
+        target = refs.partial_out_gmem.at[request.split]
+        if target.shape[0] % ROW_TILE == 0:  # nothing to cut off
+            target[row_tile(), pl.ds(side * half, half)] = result
+            return
+        for column in range(0, half, width):
+            if column > 0:  # the piece before it is still being read
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            piece = result[:, column : column + width]
+            store(piece, refs.partial_smem.at[side], target, column)
 
     @pl.when(~request.is_split)
     def _():
-        staged = refs.q_smem.at[0, side]  # the queries have been read
-        staged[...] = result.astype(staged.dtype)
-        plgpu.commit_smem()
-        # A tensor copy: rows behind the last one are cut off.
-        plgpu.copy_smem_to_gmem(staged, refs.out_gmem.at[request.index, row_tile(), columns])
+        store(result, refs.q_smem.at[0, side], refs.out_gmem.at[request.index])
 
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # also lse, where this warpgroup stored it
     plgpu.barrier_arrive(refs.q_free.at[0])

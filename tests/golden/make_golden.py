@@ -51,6 +51,15 @@ EXPERTS = dict(
 )
 SIGMOID = dict(EXPERTS, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True)
 LONGROPE = [1.06, 1.26, 2.09, 4.94]
+MINICPM3_LONGROPE = dict(
+    SIZES,
+    model_type="minicpm3",
+    num_hidden_layers=2,
+    rms_norm_eps=1e-5,
+    scale_emb=12,
+    scale_depth=1.4,
+    dim_model_base=16,
+)
 SETS = {
     "youtu": dict(
         SIZES,
@@ -71,13 +80,7 @@ SETS = {
         torch_dtype="bfloat16",
     ),
     "minicpm3_longrope": dict(
-        SIZES,
-        model_type="minicpm3",
-        num_hidden_layers=2,
-        rms_norm_eps=1e-5,
-        scale_emb=12,
-        scale_depth=1.4,
-        dim_model_base=16,
+        MINICPM3_LONGROPE,
         rope_theta=10000.0,
         rope_scaling=dict(
             type="longrope",
@@ -88,13 +91,7 @@ SETS = {
         torch_dtype="bfloat16",
     ),
     "minicpm3_longrope_factor": dict(
-        SIZES,
-        model_type="minicpm3",
-        num_hidden_layers=2,
-        rms_norm_eps=1e-5,
-        scale_emb=12,
-        scale_depth=1.4,
-        dim_model_base=16,
+        MINICPM3_LONGROPE,
         max_position_embeddings=64,
         rope_parameters=dict(
             rope_type="longrope",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from numerics import assert_close, normal
 
 import jax_mla
 from jax_mla import rules
+from jax_mla.checks import MESH_AXES
 from jax_mla.layers.expert_exchange import padded_slots, ragged_sizes, received_experts
 from jax_mla.layers.expert_parallel import apply_local, apply_on_mesh, count_dropped
-from jax_mla.sharding import MESH_AXES, Placement
+from jax_mla.sharding import Placement
 from jax_mla.training import next_token_loss
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), num_attention_heads=4, num_hidden_layers=3)
@@ -52,9 +54,9 @@ def placement(layout, dispatch, capacity=None):
     return Placement(jax_mla.make_mesh(**sizes).abstract_mesh, chosen)
 
 
-def layer(rng):
+def layer(rng, shape=(B, T)):
     """Tokens, the weights of their experts, and the experts of one layer of a pool of two."""
-    x, expert_weight = normal(rng, (B, T, D)), normal(rng, (B, T, A))
+    x, expert_weight = normal(rng, (*shape, D)), normal(rng, (*shape, A))
     return (
         x,
         expert_weight,
@@ -62,10 +64,11 @@ def layer(rng):
     )
 
 
-def routings(rng):
+def routings(rng, shape=(B, T)):
     """Random choices; the fewest experts, which all are on the first device; and on the last."""
-    index = np.stack([rng.permutation(E)[:A] for _ in range(B * T)]).reshape(B, T, A)
-    return [index, np.tile(np.arange(A), (B, T, 1)), np.tile(E - 1 - np.arange(A), (B, T, 1))]
+    index = np.stack([rng.permutation(E)[:A] for _ in range(math.prod(shape))])
+    few = (np.tile(first, (*shape, 1)) for first in (np.arange(A), E - 1 - np.arange(A)))
+    return [index.reshape(*shape, A), *few]
 
 
 def on_mesh(layout, arrays):
@@ -185,6 +188,20 @@ def test_dispatchers_equal_the_unsharded_layer(dispatch, layout, rng, emulated):
         jax.tree.map(lambda g, w: assert_close(g, w, "float32"), got, want)
 
 
+@pytest.mark.parametrize("layout", some(["replicated", "two_axes", "width"], ["replicated"]))
+@pytest.mark.parametrize("dispatch", some(["ragged", "a2a"], ["a2a"]))
+def test_tokens_that_cannot_be_shared_evenly(dispatch, layout, rng, emulated):
+    """Five tokens among two or four devices: the last ones get less, or nothing."""
+    shape = (SENDERS[layout][1], 5)
+    x, weight, weights = layer(rng, shape)
+    dy, place = normal(rng, x.shape), placement(layout, dispatch)
+    sharded = jax.jit(functools.partial(gradients, lambda *a: apply_on_mesh(*a, 1, place)))
+    for index in routings(rng, shape):
+        arrays = (x, jnp.asarray(index), weight, weights, dy)
+        got, want = sharded(*on_mesh(layout, arrays)), wanted_gradients(*arrays)
+        jax.tree.map(lambda g, w: assert_close(g, w, "float32"), got, want)
+
+
 def test_ragged_is_refused_on_a_cpu():
     message = r"'ragged' cannot run on platform 'cpu', .* use 'a2a' or 'dense'"
     recipe = dataclasses.replace(rules.dp_attention_ep(), expert_dispatch="ragged")
@@ -266,23 +283,29 @@ def kept(index, layout, capacity):
     return is_kept.reshape(index.shape)
 
 
+@pytest.mark.parametrize("num_tokens", [T, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", some(LAYOUTS, ["split", "replicated"]))
-def test_capacity_leaves_out_the_last_tokens_and_counts_them(layout, rng):
-    x, weight, weights = layer(rng)
-    capacity = 0.75
+def test_capacity_leaves_out_the_last_tokens_and_counts_them(layout, num_tokens, rng):
+    """What is left out adds nothing to the results, nor to any gradient."""
+    shape = (B if num_tokens == T else SENDERS[layout][1], num_tokens)
+    x, weight, weights = layer(rng, shape)
+    dy, capacity, dropped = normal(rng, x.shape), 0.75, []
     place = placement(layout, "a2a", capacity)
 
     @jax.jit
-    def sharded(x, index, weight, weights):
-        y = apply_on_mesh(x, index, weight, weights, 1, place)
-        return y, count_dropped(index, E, place)
+    def sharded(x, index, weight, weights, dy):
+        found = gradients(lambda *a: apply_on_mesh(*a, 1, place), x, index, weight, weights, dy)
+        return found, count_dropped(index, E, place)
 
-    for index in routings(rng):
+    for index in routings(rng, shape):
         is_kept = kept(index, layout, capacity)
-        got, num_dropped = sharded(*on_mesh(layout, (x, jnp.asarray(index), weight, weights)))
-        assert num_dropped == (~is_kept).sum() > 0
-        want = unsharded(x, jnp.where(is_kept, index, -1), weight, weights)
-        assert_close(got, want, "float32")
+        arrays = (x, jnp.asarray(index), weight, weights, dy)
+        got, num_dropped = sharded(*on_mesh(layout, arrays))
+        assert num_dropped == (~is_kept).sum()
+        dropped.append(num_dropped)
+        want = wanted_gradients(x, jnp.where(is_kept, index, -1), weight, weights, dy)
+        jax.tree.map(lambda g, w: assert_close(g, w, "float32"), got, want)
+    assert min(dropped[1:]) > 0  # random choices of few tokens may all find room
 
 
 @pytest.mark.parametrize("layout", some(LAYOUTS, ["split"]))

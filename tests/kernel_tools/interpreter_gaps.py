@@ -7,15 +7,14 @@ here and leaves every other equation to JAX.
 import collections
 import contextlib
 import functools
-import threading
 import types
 from collections.abc import Iterator
 from unittest import mock
 
 import jax
 import numpy as np
-from jax._src import callback, source_info_util
 from jax._src import core as jax_core
+from jax._src import source_info_util
 from jax._src.pallas import primitives as pallas_primitives
 from jax._src.pallas.mosaic.interpret import race_detection_state
 from jax._src.pallas.mosaic.interpret.utils import JaxprEnv
@@ -34,12 +33,13 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 )
 from jax._src.state.discharge import run_state_p
 from jax._src.state.types import AbstractRef
+from kernel_tools import interpreter_sums
+from kernel_tools.interpreter_call import call_on_host
 
 # Each asynchronous operation takes the next of these places in the vector clocks; two that share
 # one can hide each other's races.
 PARAMETERS = InterpretGPUParams(detect_races=True, num_tma_threads_per_device=64)
 REGS = gpu_core.MemorySpace.REGS
-ADDITION = threading.Lock()  # held from the load to the store of a sum in memory
 
 
 @contextlib.contextmanager
@@ -71,61 +71,35 @@ def _raising_race_state(races: list[str]):
     """Races are errors that say which lines, in all kernels of a program (0.11.2 prints them).
 
     Registers belong to one thread and are left out: their ids repeat from block to block.
-    Reductions of the same memory do not race with each other, but with reads and writes.
     """
     registers = shared_memory.get_memory_space_idx(REGS)
 
-    class RaceState(gpu_race_detection_state.GPURaceDetectionState):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.reductions = collections.defaultdict(list)  # key -> [(clock, access, line)]
+    class RaceState(interpreter_sums.RaceState):
+        def check_read(self, thread, clock, key, *args, **kwargs):
+            if key.memory_space_id != registers:
+                with _recorded(races):
+                    super().check_read(thread, clock, key, *args, **kwargs)
 
-        def check_read(self, thread, clock, key, access, source_info=None):
-            self._check(super().check_read, thread, clock, key, access, source_info)
-            self._check_against_reductions("read", clock, key, access, source_info)
+        def check_write(self, thread, clock, key, *args, **kwargs):
+            if key.memory_space_id != registers:
+                with _recorded(races):
+                    super().check_write(thread, clock, key, *args, **kwargs)
 
-        def check_write(self, thread, clock, key, access, source_info=None):
-            self._check(super().check_write, thread, clock, key, access, source_info)
-            self._check_against_reductions("write", clock, key, access, source_info)
-
-        def check_reduction(self, clock, key, access, source_info):
-            line = _line(source_info)
-            with self.lock:
-                self.reductions[key].append((clock, access, line))
-                reads, writes = list(self.reads[key]), list(self.writes[key])
-            for name, others in (("read", reads), ("write", writes)):
-                for _, other_clock, other_range, other_line in others:
-                    other = other_clock, other_range, f"{name} of {other_line}"
-                    self._raise_if_unordered(f"reduction of {line}", clock, access, *other)
-
-        def _check_against_reductions(self, name, clock, key, access, source_info):
-            with self.lock:
-                reductions = list(self.reductions[key])
-            for other_clock, other_access, other_line in reductions:
-                other = other_clock, other_access.range, f"reduction of {other_line}"
-                line = f"{name} of {_line(source_info)}"
-                self._raise_if_unordered(line, clock, access, *other)
-
-        def _raise_if_unordered(self, line, clock, access, other_clock, other_range, other_line):
-            overlaps = race_detection_state._ranges_overlap(access.range, other_range)
-            if overlaps and not other_clock.ordered(clock):
-                races.append(f"RACE DETECTED\n  {line}\n  {other_line}")
-                raise RuntimeError(races[-1])
-
-        def _check(self, check, thread, clock, key, *args, **kwargs):
-            try:
-                if key.memory_space_id != registers:
-                    check(thread, clock, key, *args, **kwargs)
-            except RuntimeError as race:
-                lines = str(race).splitlines()
-                races.append("\n".join(line for line in lines if "clock:" not in line))
-                raise
+        def check_sum(self, *args):
+            with _recorded(races):
+                super().check_sum(*args)
 
     return RaceState
 
 
-def _line(source_info) -> str:
-    return "the caller" if source_info is None else source_info_util.summarize(source_info)
+@contextlib.contextmanager
+def _recorded(races: list[str]):
+    try:
+        yield
+    except RuntimeError as race:
+        lines = str(race).splitlines()
+        races.append("\n".join(line for line in lines if "clock:" not in line))
+        raise
 
 
 def _raise_instead_of_print(message: str) -> None:
@@ -252,7 +226,7 @@ def _wgmma(self, eqn, token, values):
         if isinstance(var.aval, AbstractRef):
             refs[name] = jaxpr_interpret.resolve_ref(var.aval, key, transform)
     registers = {} if "a" in refs else {"a": a}
-    return _call(
+    return call_on_host(
         self, token, _multiply, refs=refs, registers=registers, source_info=eqn.source_info
     ), []
 
@@ -291,7 +265,7 @@ def _read_accumulator(self, eqn, token, values):
     """acc[...] and wgmma_accumulator_load: a wait, then a read of what is finished."""
     if eqn.params["wait_n"] is not None:
         token = _wait(self, token, eqn.params["wait_n"])
-    token = _call(self, token, _must_be_finished, acc=values[0])
+    token = call_on_host(self, token, _must_be_finished, acc=values[0])
     token, out = self._interpret_wgmma_accumulator_deref_p(eqn, token, lambda: values)
     return token, [out]
 
@@ -299,7 +273,7 @@ def _read_accumulator(self, eqn, token, values):
 def _write_accumulator(self, eqn, token, values):
     """acc[...] = value: plgpu.wgmma_accumulator_store, which 0.11 and 0.12 do not interpret."""
     acc, value = values
-    token = _call(self, token, _must_be_finished, acc=acc)
+    token = call_on_host(self, token, _must_be_finished, acc=acc)
     return _store(self, token, acc, value, eqn.source_info), [value]
 
 
@@ -319,7 +293,7 @@ def _store(self, token, key, value, source_info):
 
 
 def _wait(self, token, n):
-    return _call(self, token, _observe, n=n)
+    return call_on_host(self, token, _observe, n=n)
 
 
 def _observe(memory, thread, logging, *, n):
@@ -355,103 +329,9 @@ def _in_flight(memory) -> dict[object, collections.deque]:
     return memory.wgmmas_in_flight
 
 
-def _store_to_gmem(self, eqn, token, values):
-    """copy_smem_to_gmem with predicate= or reduction_op="add" (missing in 0.11 and 0.12)."""
-    params = {**eqn.params, "has_user_predicate": False}
-    store_op = self._interpret_copy_smem_to_gmem_p
-    if (reduction_op := params["reduction_op"]) is not None:
-        if reduction_op != "add" or eqn.invars[1].aval.dtype != np.float32:
-            raise NotImplementedError(f"{reduction_op} of {eqn.invars[1].aval.dtype} in memory")
-        store_op = functools.partial(_add_to_gmem, self)
-    if not eqn.params["has_user_predicate"]:
-        return store_op(eqn, token, *values, **params)
-    *values, predicate = values
-
-    def store(token):
-        return store_op(eqn, token, *values, **params)[0]
-
-    return jax.lax.cond(predicate, store, lambda token: token, token), []
-
-
-def _add_to_gmem(self, eqn, token, src, dst, *leaves, src_transforms_treedef, **params):
-    """copy_smem_to_gmem(reduction_op="add")."""
-    tree = jax.tree_util.treedef_tuple((src_transforms_treedef, params["dst_transforms_treedef"]))
-    operands = {
-        name: jaxpr_interpret.resolve_ref(var.aval, key, transforms)
-        for name, var, key, transforms in zip(
-            ("src", "dst"), eqn.invars, (src, dst), jax.tree.unflatten(tree, leaves), strict=False
-        )
-    }
-    return _call(self, token, _reduce, source_info=eqn.source_info, **operands), []
-
-
-def _reduce(memory, thread, logging, *, src, dst, source_info):
-    operands = {}
-    for name, (key, transforms) in (("src", src), ("dst", dst)):
-        key = shared_memory.HostAllocationKey.from_array(key)
-        transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
-        operands[f"{name}_allocation_key"] = key
-        operands[f"{name}_access"] = memory.access(key, transforms)
-    clock = memory.incr_clock(thread)
-    where = dict(mesh_location=logging.mesh_location, thread=thread, source_info=source_info)
-    memory.execute_async_task(_Addition(**operands, **where, clock=clock))
-
-
-class _Addition(gpu_callbacks.AsyncCopySmemToGmemTask):
-    """A TMA store that adds: the part of its source that lies in the destination, all at once."""
-
-    def post_read(self, tma_thread_id, memory):
-        self.clock.inc(tma_thread_id)
-        self.write_clock = self.clock.copy()
-        gpu_callbacks.get_races().check_reduction(
-            self.clock.async_smem_clock.copy(),
-            self.dst_allocation_key,
-            self.dst_access,
-            self.source_info,
-        )
-
-    def __call__(self, tma_thread_id):
-        memory = gpu_callbacks._get_shared_memory()
-        self.pre_read(tma_thread_id, memory)
-        load = functools.partial(memory.get_buffer_content, logging_info=self.logging_info)
-        value, _, _ = load(self.src_allocation_key, self.src_access, self.thread)
-        self.post_read(tma_thread_id, memory)
-        shape = tuple(memory.buffer_shape_and_dtype(self.dst_allocation_key).shape)
-        clipped = gpu_callbacks._clip_store_to_shape(self.dst_access, value, shape)
-        if clipped is not None:
-            access, value = clipped
-            with ADDITION:
-                before, _, _ = load(self.dst_allocation_key, access, self.thread)
-                memory.store_buffer_content(
-                    self.dst_allocation_key, access, before + value, self.thread
-                )
-        self.post_write(tma_thread_id, memory)
-
-
 def _nothing(self, eqn, token, values):
     """griddepcontrol: kernels run one after another here, so there is nothing to wait for."""
     return token, []
-
-
-def _call(self, token, function, *, source_info=None, **operands):
-    """Runs `function(memory, thread, logging, **operands)` on the host, in this thread's order."""
-
-    @gpu_callbacks.fail_on_exception
-    def on_host(*, token, mesh_location, thread, operands):
-        memory = gpu_callbacks._get_shared_memory()
-        logging = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
-        extra = {} if source_info is None else {"source_info": source_info}
-        function(memory, thread, logging, **operands, **extra)
-        return token
-
-    return callback.io_callback(
-        on_host,
-        gpu_callbacks.TOKEN_SHAPE_DTYPE,
-        token=token,
-        mesh_location=self.mesh_location,
-        thread=self.thread,
-        operands=operands,
-    )
 
 
 GAPS = {
@@ -460,7 +340,7 @@ GAPS = {
     gpu_primitives.wgmma_wait_p: _wgmma_wait,
     gpu_primitives.wgmma_accumulator_deref_p: _read_accumulator,
     gpu_primitives.wgmma_accumulator_store_p: _write_accumulator,
-    gpu_primitives.copy_smem_to_gmem_p: _store_to_gmem,
+    gpu_primitives.copy_smem_to_gmem_p: interpreter_sums.store_to_gmem,
     gpu_primitives.griddepcontrol_wait_p: _nothing,
     gpu_primitives.griddepcontrol_launch_dependents_p: _nothing,
 }

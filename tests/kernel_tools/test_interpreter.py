@@ -136,7 +136,7 @@ def test_sums_in_memory_do_not_race_with_each_other(plgpu, pl):
 @pytest.mark.parametrize(
     "bug, message",
     [
-        ({"is_ordered": False}, "(write|reduction) of .*\n.*(write|reduction) of "),
+        ({"is_ordered": False}, "(write|sum) of .*\n.*(write|sum) of "),
         ({"commits": False}, "read of "),
         ({"waits": False}, "read of "),
     ],

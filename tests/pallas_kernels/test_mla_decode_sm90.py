@@ -238,6 +238,7 @@ SHAPES = {
     "N128-T2": dict(N=128, T=2),
     "N64-T4-full-page128": dict(N=64, T=4, causal=False, page_size=128),
     "N9-float16": dict(N=9, dtype="float16"),
+    "N72": dict(N=72),
     "512+16": dict(N=64, R=16),
     "256+32": dict(N=128, C=256, R=32),
     "384+64": dict(N=64, C=384),
@@ -270,6 +271,15 @@ def program(B=128, T=1, N=16, C=512, R=64, page_size=64, dtype="bfloat16", causa
 def test_lowers(on_hopper, name):
     run, shapes = program(**SHAPES[name])
     assert lower_for_cuda(run, *shapes).count("mosaic_gpu_v2") == 2
+
+
+@pytest.mark.parametrize(("N", "rows"), [(3, 8), (16, 16), (64, 64), (72, 128)])
+def test_partial_results_of_less_than_a_tile_are_not_padded_to_one(on_hopper, N, rows):
+    run, shapes = program(B=2, N=N)
+    text = lower_for_cuda(run, *shapes)
+    num_splits = 2 + hardware.H200_NUM_SMS // -(-N // ROW_TILE)
+    assert f"tensor<{num_splits}x{rows}x512xf32>" in text
+    assert f"tensor<{num_splits}x{-(-N // 8) * 8}xf32>" in text
 
 
 @pytest.mark.parametrize("C", [64, 192, 320, 448])
@@ -334,3 +344,25 @@ def test_tensor_cores_do_nothing_twice(on_hopper, name, loops):
     counts = [(loop.of("HGMMA.64x64x16"), loop.of("HGMMA.64x256x16")) for loop in main.loops]
     innermost = [count for count in counts if any(count)][:4]  # the shortest are first
     assert sorted(innermost) == sorted(loops.values())
+
+
+@pytest.mark.kernel_aot
+@pytest.mark.parametrize(
+    ("name", "scores", "values"),
+    [("N16", {2, 3}, {0, 1}), ("N128-T2", {2, 3}, {1}), ("512+16", {1, 2}, {0, 1})],
+)
+def test_barriers_of_a_warpgroup_are_those_that_the_code_names(on_hopper, name, scores, values):
+    """The simulator takes a warpgroup for one thread, so it cannot miss them.
+
+    With scores: in front of probabilities that take the place of rotary keys, and behind them. In a
+    tail one more, behind values that were zeroed. Memory: none.
+    """
+    main, _ = compiled(name)
+    # The shortest are first: of loops over blocks the innermost, before those over requests.
+    copies = main.loop("UTMALDG")
+    loops = [loop for loop in main.loops if loop.of("HGMMA")][:4]
+    found = {True: set(), False: set()}
+    for loop in loops:
+        found[loop.of("HGMMA.64x64") > 0].add(loop.of("BAR"))
+    assert copies.of("BAR") == 0
+    assert found == {True: scores, False: values}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from numerics import assert_same_bits
 
 import jax_mla
 from jax_mla.checkpoint import loading, progress
@@ -44,16 +45,6 @@ def by_layer(monkeypatch):
 
 def flat(tree):
     return {jax.tree_util.keystr(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def assert_same_bits(got, want):
-    got, want = flat(got), flat(want)
-    assert got.keys() == want.keys()
-    for path, leaf in want.items():
-        assert (got[path].dtype, got[path].shape) == (leaf.dtype, leaf.shape), path
-        np.testing.assert_array_equal(
-            np.asarray(got[path]).view(np.uint8), np.asarray(leaf).view(np.uint8), err_msg=path
-        )
 
 
 @pytest.mark.parametrize("name", ["v3_fp8", "v3_half_noq_bias"])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import assert_same_bits
 from safetensors.flax import load_file as load_jax
 from safetensors.numpy import load_file
 
@@ -19,13 +20,6 @@ NAMES = [
     "v2_lite", "v2_group", "v3", "v3_fp8", "v3_half_noq_bias", "v3_yarn_mscale", "kimi_k2", "youtu",
     "minicpm3", "minicpm3_longrope", "minicpm3_longrope_factor", "glm4_moe_lite",
 ]  # fmt: skip
-
-
-def assert_same_bits(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 50_000], ids=["single", "shards"])

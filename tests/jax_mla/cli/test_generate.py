@@ -79,11 +79,20 @@ def test_a_mesh_that_does_not_fit_is_one_line(words, message, folder, capsys):
 
 def test_json_schema(generate):
     found = json.loads(generate("--prompt", "Möse", "--json"))
-    assert set(found) == {"completions", "seconds"}
+    assert set(found) == {"completions", "seconds", "tokens_per_second"}
     (one,) = found["completions"]
+    assert found["tokens_per_second"] * found["seconds"] == pytest.approx(one["num_tokens"])
     assert set(one) == {"prompt", "text", "num_prompt_tokens", "num_tokens"}
     assert one["num_prompt_tokens"] == 6  # bos, and two bytes for ö
     assert 1 <= one["num_tokens"] <= 12
+
+
+def test_no_text_is_a_prompt_if_the_tokenizer_begins_one(folder, generate, monkeypatch, capsys):
+    (one,) = json.loads(generate("--prompt", "", "--json"))["completions"]
+    assert one["num_prompt_tokens"] == 1
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: [*text.encode()])
+    assert main(["generate", "--model", str(folder), "--prompt", ""]) == 2
+    assert capsys.readouterr().err == "error: the prompt '' has no tokens\n"
 
 
 def test_seed_decides_what_is_sampled(generate):

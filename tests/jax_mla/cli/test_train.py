@@ -1,5 +1,6 @@
 """`jax-mla train` in this process: what it writes, prints and refuses."""
 
+import argparse
 import inspect
 import json
 import os
@@ -14,7 +15,7 @@ import jax_mla
 from jax_mla.cli import layout
 from jax_mla.cli.layout import mesh_axes
 from jax_mla.cli.main import main
-from jax_mla.cli.train import Signals
+from jax_mla.cli.train import Signals, _recipe, add_arguments
 from jax_mla.training.flops import flops_per_token
 
 
@@ -113,6 +114,13 @@ def test_a_signal_is_noticed_and_the_second_obeyed(number, capsys):
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("words", [[], ["--deterministic"]], ids=["default", "deterministic"])
+def test_deterministic_is_a_choice_of_the_recipe(small, words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert _recipe(parser.parse_args([*small[1:], *words])).deterministic == bool(words)
 
 
 def test_a_terminal_sees_a_bar(small, monkeypatch, capsys):

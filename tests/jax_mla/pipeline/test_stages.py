@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 import jax_mla
-from jax_mla.pipeline import Pipeline, join_state, split_state
+from jax_mla.pipeline import Pipeline, exchange, join_state, split_state
 from jax_mla.training import Recipe, abstract_state
 
 
@@ -80,7 +80,8 @@ def test_a_state_comes_back_to_the_bit(moe_config, optimizer):
     state = numbered(abstract_state(moe_config, recipe=recipe))
     pipeline = Pipeline(moe_config, jax_mla.make_mesh(stage=3))
     states = split_state(state, pipeline, recipe=recipe)
-    assert_same(join_state(states, pipeline), state)
+    joined = join_state(states, pipeline, recipe=recipe)
+    assert_same(joined, state)
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,33 @@ def test_a_mesh_without_stages_is_refused(moe_config):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     with pytest.raises(ValueError, match=r"axes \('data', .*'stage', .* got axes \('data',\)"):
         Pipeline(moe_config, mesh)
+
+
+@pytest.mark.parametrize(("num_stages", "of_embed"), [(2, ("fsdp", "stage")), (3, "fsdp")])
+def test_between_steps_stages_share_what_they_can(moe_config, num_stages, of_embed):
+    """A hidden size of 32 is split over two stages, not over three."""
+    pipeline = Pipeline(moe_config, jax_mla.make_mesh(stage=num_stages))
+    assert pipeline.joined_rules.embed == of_embed
+
+
+def test_zeros_keep_their_sign(moe_config):
+    """-0.0 + 0.0 is 0.0, and what is joined is added up."""
+    params = jax.tree.map(lambda x: -0.0 * np.ones_like(x), params_of(moe_config))
+    pipeline = Pipeline(moe_config, jax_mla.make_mesh(stage=3))
+    joined = pipeline.join(pipeline.split(params))
+    assert_same(joined, params)
+    assert all(np.signbit(x).all() for x in jax.tree.leaves(joined))
+
+
+@pytest.mark.parametrize(("source", "target"), [(0, 1), (2, 0)])
+def test_programs_of_two_stages_move_what_a_copy_moves(dense_config, source, target):
+    """With devices of several processes only a program over both stages can."""
+    rules = jax_mla.rules.tensor_parallel()
+    pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3, data=2), rules)
+    spec = rules.spec(("batch", "sequence", None))
+    x = np.arange(4 * 6, dtype=np.float32).reshape(4, 6, 1)
+    x = jax.device_put(x, NamedSharding(pipeline.meshes[source], spec))
+    copied = exchange.move(x, x, pipeline, source, target, spec)
+    passed = exchange.passed_on(x, x, pipeline, source, target, spec)
+    assert passed.sharding == copied.sharding
+    assert_same(passed, copied)

@@ -46,7 +46,8 @@ def compared(params, config, pipeline, batches, recipe=RECIPE, **options):
             assert want.grad_norm > recipe.clip_norm
             if want.load is not None:
                 np.testing.assert_array_equal(got.load, want.load)
-            first_moments = jax.device_get((states, state))
+            first = join_state(states, pipeline, recipe=recipe)
+            first_moments = jax.device_get((first, state))
     return states, state, first_moments
 
 
@@ -58,9 +59,11 @@ def moments(state):
 
 def assert_same_steps(params, config, pipeline, batches, **options):
     states, state, (first, want_first) = compared(params, config, pipeline, batches, **options)
-    joined, want = join_state(states, pipeline), jax.device_get(state)
+    joined, want = jax.device_get(
+        (join_state(states, pipeline, recipe=options.get("recipe", RECIPE)), state)
+    )
     assert jax.tree.structure(joined) == jax.tree.structure(want)
-    got_moments, want_moments = (moments(s) for s in (join_state(first, pipeline), want_first))
+    got_moments, want_moments = (moments(s) for s in (first, want_first))
     assert len(want_moments) > 10
     for name, moment in want_moments.items():
         assert_close(got_moments[name], moment, "float32")
@@ -101,7 +104,8 @@ def test_the_norm_is_of_all_stages_and_a_tied_embedding_counts_once(dense_config
         (four * jnp.inf, False, np.inf, True),
     ):
         gradients = ({"embed_tokens": three}, {"w": three * 0}, {"embed_tokens": three, "b": last})
-        got = norm_and_finiteness(gradients, pipeline, is_scaled=is_scaled)
+        placed = [jax.device_put(g, pipeline.sharding(stage)) for stage, g in enumerate(gradients)]
+        got = norm_and_finiteness(placed, pipeline, is_scaled=is_scaled)
         assert (got[0], got[1]) == (norm, is_finite)
 
 
@@ -148,7 +152,7 @@ def test_an_overflow_in_one_stage_skips_the_step_in_all(moe_config, batches):
     states = split_state(state, pipeline, recipe=recipe)
     states, metrics = pipeline_train_step(states, pipeline, batches[0], recipe=recipe)
     assert metrics.is_skipped and np.isfinite(metrics.loss)
-    joined = join_state(states, pipeline)
+    joined = join_state(states, pipeline, recipe=recipe)
     jax.tree.map(np.testing.assert_array_equal, joined.params, before)
     assert [(s.step, s.num_skipped, s.loss_scale.scale) for s in states] == [(1, 1, 1e9)] * 3
     small = [s.loss_scale.replace(scale=jnp.float32(1024)) for s in states]

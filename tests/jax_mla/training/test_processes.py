@@ -32,6 +32,12 @@ LAYOUTS = {
     "context": "--mesh data=2,sequence=4 --rules context_parallel",
 }
 
+# A stage in both processes, and one in each.
+PIPELINES = {
+    "stages in both": "--mesh data=4,stage=2 --micro-batches 2 --pipeline gpipe",
+    "a stage each": "--mesh stage=2,sequence=4 --rules context_parallel --micro-batches 4",
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, config):
@@ -45,6 +51,18 @@ def folder(tmp_path_factory, config):
 def train_words(folder, steps):
     words = f"train --config {folder}/config.json --data {folder}/text.txt --steps {steps}"
     return f"{words} --batch 8 --seq 16 --lr 0.01 --dtype float32 --json".split()
+
+
+def packed_words(folder, steps):
+    """The same on documents of about five tokens, several in every row."""
+    rng = np.random.default_rng(0)
+    ids = np.where(
+        rng.random(1000) < 0.2, jax_mla.tiny().eos_token_id[0], rng.integers(0, 256, 1000)
+    )
+    np.save(folder / "packed.npy", ids.astype(np.uint16))
+    words = train_words(folder, steps)
+    words[words.index(f"{folder}/text.txt")] = f"{folder}/packed.npy"
+    return [*words, "--separate-documents"]
 
 
 def free_port(first=0, last=0):
@@ -116,11 +134,10 @@ def alone(folder):
 
 
 def test_two_processes_train_as_one(config, tmp_path):
-    """The smallest case of the next test: no experts, three steps, no generation."""
+    """The smallest case of the next tests: no experts, three steps of packed rows."""
     config = dataclasses.replace(config, num_hidden_layers=1, n_routed_experts=None)
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
-    (tmp_path / "text.txt").write_text("in the beginning was the word. " * 40)
-    words, layout = train_words(tmp_path, 3), LAYOUTS["zero3"].split()
+    words, layout = packed_words(tmp_path, 3), LAYOUTS["zero3"].split()
     processes = start([*words, *layout, "--out", str(tmp_path / "two")])
     assert main([*words, "--out", str(tmp_path / "one")]) == 0
     assert finish(processes)["step"] == 3
@@ -152,6 +169,44 @@ def test_two_processes_train_and_generate_as_one(layout, folder, alone, config, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [pytest.param(v.split(), id=k) for k, v in PIPELINES.items()])
+def test_two_processes_run_a_pipeline_as_one_device(layout, folder, alone, config, tmp_path):
+    """20 steps, and what they leave; the last two once more from a checkpoint, to the same bits."""
+    out = tmp_path / "two"
+    words = [*train_words(folder, 20), *KEEP_ALL, "--out", str(out)]
+    assert finish(start([*words, *layout]))["step"] == 20
+    of_two, of_one = (first_gradients(path, config) for path in (out, alone))
+    jax.tree.map(lambda x, y: assert_close(x, y, "float32"), of_two, of_one)
+    shutil.rmtree(alone / "first")
+    np.testing.assert_allclose(losses(out)[0], losses(alone)[0], rtol=1e-5)
+    np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-4)
+    (of_two, _), (of_one, _) = (jax_mla.load(path / "model_00000020") for path in (out, alone))
+    jax.tree.map(lambda x, y: assert_close(x, y, "float16"), of_two, of_one)
+
+    before = losses(out)
+    for path in (out / "checkpoints").glob("step_000000[12]?"):
+        if path.name > "step_00000018":
+            path.rename(path.with_name(f"later_{path.name}"))
+    shutil.rmtree(out / "model_00000020")
+    assert finish(start([*words, *layout, "--resume"]))["step"] == 20
+    np.testing.assert_array_equal(losses(out), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["data x tensor x expert", "experts by all-to-all", "context"])
+def test_two_processes_pack_as_one(layout, folder, tmp_path):
+    words = packed_words(folder, 3)
+    processes = start([*words, *LAYOUTS[layout].split(), "--out", str(tmp_path / "two")])
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    finish(processes)
+    packed = losses(tmp_path / "one")
+    np.testing.assert_allclose(losses(tmp_path / "two"), packed, rtol=1e-5)
+    words.remove("--separate-documents")
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    assert abs(losses(tmp_path / "whole")[0, 0] - packed[0, 0]) > 1e-3 * packed[0, 0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
 def test_sigterm_saves_in_both_and_one_process_takes_over(numbers, folder, tmp_path, capsys):
     out = tmp_path / "run"
@@ -170,6 +225,23 @@ def test_sigterm_saves_in_both_and_one_process_takes_over(numbers, folder, tmp_p
     assert main([*words, "--resume"]) == 0
     assert f"resuming after step {stopped}" in capsys.readouterr().err
     assert len(losses(out)) == stopped + 2
+
+
+def test_sigterm_before_training_is_obeyed():
+    """JAX's own handler, which `jax.distributed` brings, would only take note of it."""
+    code = """
+import argparse, os, signal, sys, time
+from jax_mla.cli import processes
+parser = argparse.ArgumentParser()
+processes.add_arguments(parser)
+processes.join(parser.parse_args())
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(5)
+"""
+    flags = f"--coordinator localhost:{free_port()} --num-processes 1 --process-id 0".split()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code, *flags], env=environment, timeout=60)
+    assert done.returncode == -signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from numerics import assert_close
+from numerics import assert_close, assert_same_bits
 
 import jax_mla
 from jax_mla import rules
+from jax_mla.pipeline import gpipe
 from jax_mla.training import Checkpoints, Precision, Recipe, TokenRows, train
 
 RECIPE = Recipe(num_steps=6, learning_rate=1e-2, precision=Precision(compute="float32"))
@@ -37,11 +38,6 @@ def stop_after(step):
         return len(calls) == step
 
     return reports, {"on_step": reports.append, "should_stop": should_stop}
-
-
-def assert_same_bits(got, want):
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def test_every_step_is_reported_once(uninterrupted):
@@ -96,6 +92,35 @@ def test_a_run_moves_to_a_mesh_and_back(tmp_path, config, data, uninterrupted):
         assert_close(x, y, "bfloat16")
 
 
+def test_a_pipeline_goes_on_to_the_same_bits_and_then_on_one_device(
+    tmp_path, config, data, uninterrupted
+):
+    """Two steps in two stages of two devices, two more, and two of `train_step`."""
+    recipe = dataclasses.replace(RECIPE, num_micro_batches=2)
+    staged = {"mesh": jax_mla.make_mesh(stage=2, data=2), "rules": rules.zero1()}
+    want = train(config, recipe, data, **staged, **stop_after(4)[1]).state
+    with Checkpoints(tmp_path) as store:
+        options = {"checkpoints": store, "resume": True, "on_notice": lambda _: None}
+        train(config, recipe, data, **options, **staged, **stop_after(2)[1])
+        state = train(config, recipe, data, **options, **staged, **stop_after(2)[1]).state
+        assert_same_bits(state, want)
+        of_stages = state.params["dense_layers"]["mlp"]["gate_proj"].sharding
+        assert "stage" in str(of_stages.spec)  # no device holds the whole model in between
+        state = train(config, recipe, data, **options).state
+    assert state.step == 6
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(uninterrupted[0]), strict=True):
+        assert_close(x, y, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "found"), [(None, "none"), ({"data": 2}, "one of stage=1")], ids=["none", "data"]
+)
+def test_a_schedule_without_stages_is_refused(config, data, mesh, found):
+    mesh = mesh and jax_mla.make_mesh(**mesh)
+    with pytest.raises(ValueError, match=f"needs a mesh with stage=2 or more, got {found}"):
+        train(config, RECIPE, data, mesh=mesh, pipeline_schedule=gpipe)
+
+
 def test_a_folder_with_steps_is_not_overwritten(tmp_path, config, data):
     with Checkpoints(tmp_path) as store:
         train(config, RECIPE, data, checkpoints=store, **stop_after(1)[1])
@@ -127,12 +152,13 @@ def test_another_run_is_not_resumed(tmp_path, config, data, what, change, messag
             train(**run, checkpoints=store, resume=True)
 
 
-def test_a_longer_run_resumes_a_shorter_one(tmp_path, config, data):
+def test_a_run_of_another_length_resumes_and_says_so(tmp_path, config, data):
     with Checkpoints(tmp_path) as store:
         train(config, RECIPE, data, checkpoints=store, **stop_after(1)[1])
-        longer = dataclasses.replace(RECIPE, num_steps=2)
-        options = {"checkpoints": store, "resume": True, "on_notice": lambda _: None}
+        longer, notices = dataclasses.replace(RECIPE, num_steps=2), []
+        options = {"checkpoints": store, "resume": True, "on_notice": notices.append}
         assert train(config, longer, data, **options).state.step == 2
+    assert notices[1:] == ["the learning rate now follows a schedule of 2 steps, not of 6"]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_unsaved(tmp_path, config, data, params):

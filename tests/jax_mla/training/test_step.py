@@ -1,12 +1,14 @@
 """One training step: parts of a batch, numbers formats, what moves and what does not."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.training.dynamic_scale import DynamicScale
+from kernel_tools.aot import lower_for_cuda
 from numerics import assert_close
 
 import jax_mla
@@ -14,13 +16,12 @@ from jax_mla.training import (
     Batch,
     Precision,
     Recipe,
-    TokenRows,
     init_state,
     place_batch,
-    train,
     train_step,
 )
 from jax_mla.training.step import next_loss_scale
+from pallas_kernels import hardware
 
 FLOAT32 = Precision(compute="float32")
 RECIPE = Recipe(num_steps=100, warmup_steps=0, learning_rate=3e-3, precision=FLOAT32)
@@ -41,6 +42,21 @@ def moments(state):
     return {
         jax.tree_util.keystr(path): x for path, x in leaves if ".mu" in jax.tree_util.keystr(path)
     }
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fused"])
+def test_recipe_chooses_the_gradient_kernels(config, monkeypatch, deterministic):
+    monkeypatch.setattr(hardware, "missing_gpu", lambda *_: None)
+    monkeypatch.setattr(hardware, "num_sms", lambda: 1)
+    sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
+    config = dataclasses.replace(config, num_hidden_layers=1, **sizes)
+    recipe = Recipe(num_steps=1, deterministic=deterministic)
+    state = jax.eval_shape(lambda: start(config, recipe))
+    step = functools.partial(train_step, config=config, recipe=recipe)
+    batch = Batch(jax.ShapeDtypeStruct((1, 128), jnp.int32))
+    text = lower_for_cuda(lambda state, batch: step(state, batch=batch), state, batch)
+    assert "flash_attention_forward" in text
+    assert ("flash_attention_dq" in text) == ("flash_attention_dk_dv" in text) == deterministic
 
 
 def test_micro_batches_equal_the_whole_batch(config, tokens):
@@ -182,9 +198,6 @@ def test_a_mesh_with_stages_is_refused(config, tokens):
     state = jax.eval_shape(lambda: start(config, RECIPE))
     with pytest.raises(ValueError, match=message):
         train_step(state, config, Batch(tokens), recipe=RECIPE, mesh=mesh)
-    data = TokenRows([np.arange(64)], batch_rows=2, row_tokens=8, vocab_size=320)
-    with pytest.raises(ValueError, match=message):
-        train(config, RECIPE, data, mesh=mesh)
 
 
 def test_weights_to_start_from_are_copied(config, params, tokens):

@@ -12,7 +12,6 @@ from kernel_tools import aot
 
 import jax_mla
 from jax_mla import plan, rules
-from jax_mla.sharding import MESH_AXES
 from jax_mla.training import (
     Batch,
     Precision,
@@ -203,9 +202,23 @@ def test_what_cannot_be_planned_is_refused(mesh, recipe, batch, message):
         plan.serving_bytes(jax_mla.tiny(), mesh, recipe, batch=batch, memory_bytes=10**9)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"param": "int8"}, "param 'int8' is not one of float32, bfloat16, float16"),
+        ({"reduce": "f32"}, "reduce 'f32' is not one of float32,"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd' is not one of adamw, muon"),
+    ],
+    ids=["param", "reduce", "optimizer"],
+)
+def test_training_that_cannot_be_planned_is_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        plan.training_bytes(jax_mla.tiny(), {}, "ddp", **option)
+
+
 def test_names_are_those_of_the_rules():
     published = {name for name, value in vars(rules).items() if inspect.isfunction(value)}
-    assert set(plan.RECIPES) == published and plan.MESH_AXES == MESH_AXES
+    assert set(plan.RECIPES) == published
 
 
 def test_devices_share_the_cache_of_a_sequence():
