@@ -41,6 +41,16 @@ def move(
     return passed_on(x, like, pipeline, source, target, spec)
 
 
+def settled(x: Any, pipeline: Pipeline) -> Any:
+    """x, on CPUs of several processes once it is computed.
+
+    CPUs have no streams: of two programs that wait for other devices, each could hold threads that
+    the other needs to go on.
+    """
+    platform = pipeline.mesh.devices.flat[0].platform
+    return jax.block_until_ready(x) if platform == "cpu" and pipeline.mesh.is_multi_process else x
+
+
 def passed_on(x, like, pipeline: Pipeline, source: int, target: int, spec: PartitionSpec) -> Any:
     """`move` by a program over the devices of both stages."""
     stages = (source, target)
@@ -51,9 +61,8 @@ def passed_on(x, like, pipeline: Pipeline, source: int, target: int, spec: Parti
         pipeline.mesh.axis_names,
         axis_types=pipeline.mesh.axis_types,
     )
-    passed = _permuted(
-        _stacked(x, like, pipeline, source, stages, spec, both), sharding_of(both, spec)
-    )
+    stacked = settled(_stacked(x, like, pipeline, source, stages, spec, both), pipeline)
+    passed = settled(_permuted(stacked, sharding_of(both, spec)), pipeline)
     if not pipeline.is_here(target):
         return None
     return _of_devices(passed, like.shape, NamedSharding(meshes[1], spec))
@@ -82,7 +91,8 @@ def spread(
     """
     stages = range(pipeline.num_stages)
     stacked = _stacked(x, like, pipeline, stage, stages, spec, pipeline.mesh)
-    return _summed(stacked, num_stages=pipeline.num_stages, sharding=sharding)
+    total = _summed(stacked, num_stages=pipeline.num_stages, sharding=sharding)
+    return settled(total, pipeline)
 
 
 @functools.partial(jax.jit, static_argnames=("num_stages", "sharding"))
@@ -98,8 +108,9 @@ def _stacked(x, like, pipeline, source: int, stages: Sequence[int], spec, mesh: 
     """x and zeros, one below the other: each stage has a block of the first axis."""
     shards = []
     for stage in filter(pipeline.is_here, stages):
-        block = x
-        if stage != source:
+        if stage == source:  # no copy where x is laid out as it should be
+            block = jax.device_put(x, NamedSharding(pipeline.meshes[stage], spec))
+        else:
             block = _nothing(like.shape, like.dtype, pipeline.meshes[stage], spec)
         shards += [shard.data for shard in block.addressable_shards]
     shape = (len(stages) * like.shape[0], *like.shape[1:])
@@ -132,7 +143,7 @@ def everywhere(parts: Sequence[Any], pipeline: Pipeline) -> Any:
         shards = [shard.data[None] for x in same for shard in x.addressable_shards]
         sharding = NamedSharding(pipeline.mesh, PartitionSpec("stage"))
         x = jax.make_array_from_single_device_arrays((num_stages, *shape), sharding, shards)
-        return _replicated(x, NamedSharding(pipeline.mesh, PartitionSpec()))
+        return settled(_replicated(x, NamedSharding(pipeline.mesh, PartitionSpec())), pipeline)
 
     return jax.tree.map(gather, *here)
 

@@ -266,7 +266,7 @@ class _Run:
             getattr(programs, kind), pipeline=self.pipeline, stage=stage, recipe=self.recipe
         )
         if not self.measure:
-            return run(*args)
+            return exchange.settled(run(*args), self.pipeline)
         jax.block_until_ready(args)
         start = time.perf_counter()
         result = jax.block_until_ready(run(*args))

@@ -53,7 +53,7 @@ def split(tree: Any, pipeline: Pipeline, *, inside: Any, joined: Any) -> tuple[A
             first, size = 0, None
             if piece.first is not None and piece.end is not None:
                 first, size = piece.first, piece.end - piece.first
-            part = _cut(x, first, size=size, sharding=sharding)
+            part = exchange.settled(_cut(x, first, size=size, sharding=sharding), pipeline)
             return exchange.on_stage(part, pipeline, stage, sharding.spec)
 
         part = jax.tree.map(cut, pieces(pipeline, stage, tree))
@@ -99,9 +99,9 @@ def _joined(found, like, pipeline: Pipeline, spec, sharding: NamedSharding) -> A
             shape = (piece.end - piece.first, *like.shape[1:])
             of_part = jax.ShapeDtypeStruct(shape, like.dtype)
             part = exchange.spread(x, of_part, pipeline, stage, spec, sharding)
-            whole = _with_layers(whole, part, piece.first)
+            whole = _with_layers(whole, part, piece.first, sharding=sharding)
         return whole
-    if len(found) < pipeline.num_stages:
+    if like.shape:
         return exchange.spread(x, like, pipeline, stage, spec, sharding)
     shards = [s.data for _, _, x in found if x is not None for s in x.addressable_shards]
     copies = NamedSharding(pipeline.mesh, spec)
@@ -114,6 +114,7 @@ def _zeros(shape, dtype, sharding: NamedSharding) -> Array:
     return lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _with_layers(whole: Array, part: Array, first) -> Array:
-    return lax.dynamic_update_slice_in_dim(whole, part, first, 0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="sharding")
+def _with_layers(whole: Array, part: Array, first, *, sharding: NamedSharding) -> Array:
+    whole = lax.dynamic_update_slice_in_dim(whole, part, first, 0)
+    return lax.with_sharding_constraint(whole, sharding)

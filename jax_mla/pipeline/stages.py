@@ -63,6 +63,13 @@ class Pipeline:
             raise ValueError(
                 f"a pipeline splits layers over 'stage', rules.layers is {self.rules.layers!r}"
             )
+        for field in dataclasses.fields(self.rules):
+            value = getattr(self.rules, field.name)
+            if field.name != "layers" and field.type == "MeshAxes" and "stage" in as_tuple(value):
+                raise ValueError(
+                    f"a pipeline splits layers over 'stage' and nothing else, rules.{field.name} "
+                    f"is {value!r}"
+                )
         # Stages have their layers whole.
         object.__setattr__(self, "rules", dataclasses.replace(self.rules, layers=None))
         num_layers = self.config.num_hidden_layers
@@ -125,7 +132,8 @@ class Pipeline:
     def joined_rules(self) -> ShardingRules:
         """Where parameters and state of the whole model lie while no stage computes.
 
-        As the rules say, and over the stages too, where these divide hidden size and latents.
+        As the rules say, and over the stages too if these divide the hidden size and the latents;
+        else every stage then holds a copy.
         """
         rules = _also_over_stages(self.rules)
         try:

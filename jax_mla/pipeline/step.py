@@ -74,6 +74,9 @@ def pipeline_train_step(
         loss_scales=[_scale(state) for state in states] if is_scaled else None,
     )
     grad_norm, is_finite = norm_and_finiteness(result.gradients, pipeline, is_scaled=is_scaled)
+    # On one device: not all processes of a stage need have it as their first.
+    counts = {name: getattr(here, name).addressable_data(0) for name in ("step", "num_skipped")}
+    here = dataclasses.replace(here, **counts)
     metrics = step_metrics(here, result.loss, grad_norm, is_finite, recipe)
     new_states = []
     for stage, state in enumerate(states):
@@ -81,7 +84,7 @@ def pipeline_train_step(
             of_all = (exchange.on_stage(x, pipeline, stage) for x in (grad_norm, is_finite))
             options = {"pipeline": pipeline, "stage": stage, "recipe": recipe}
             args = (state, result.gradients[stage], result.loads[stage], *of_all)
-            state = programs.update(*args, **options)
+            state = exchange.settled(programs.update(*args, **options), pipeline)
         new_states.append(state)
     return _tied(new_states, pipeline), metrics
 

@@ -90,7 +90,7 @@ def train(
       seed: of the initial weights.
       params: weights to start from instead.
       mesh: one with stages is driven as a pipeline, of `recipe.num_micro_batches`. It holds the
-        state a second time while this is saved.
+        state a second time when a run begins, is saved and ends, by `Pipeline.joined_rules`.
       pipeline_schedule: of its stages, `pipeline.gpipe`, `pipeline.one_f_one_b` or your own; None
         takes the second.
       checkpoints: where to save every `save_every` steps and at the end; None does not save.
@@ -146,7 +146,7 @@ def train(
         step += 1
         settle()
         waiting = (step, metrics)
-        if step % save_every == 0 and step < recipe.num_steps:
+        if checkpoints is not None and step % save_every == 0 and step < recipe.num_steps:
             save(steps.join(state))
         if any_process(should_stop()):
             reason = "stopped"

@@ -74,6 +74,14 @@ def test_a_tied_embedding_is_in_the_first_and_the_last_stage(dense_config):
     assert_same(pipeline.join(parts), params)
 
 
+def test_of_two_copies_of_an_embedding_the_first_is_joined(dense_config):
+    pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=2))
+    params = params_of(dense_config)
+    first, last = pipeline.split(params)
+    last["embed_tokens"] = last["embed_tokens"] + 1
+    assert_same(pipeline.join((first, last)), params)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_state_comes_back_to_the_bit(moe_config, optimizer):
     recipe = Recipe(num_steps=10, optimizer=optimizer)
@@ -95,8 +103,12 @@ def test_a_state_comes_back_to_the_bit(moe_config, optimizer):
             {"mesh": {"stage": 2, "fsdp": 2}, "rules": jax_mla.ShardingRules(layers="fsdp")},
             "splits layers over 'stage', rules.layers is 'fsdp'",
         ),
+        (
+            {"rules": jax_mla.ShardingRules(batch=("data", "stage"))},
+            r"over 'stage' and nothing else, rules.batch is \('data', 'stage'\)",
+        ),
     ],
-    ids=["few-layers", "stages", "layers", "empty-stage", "rules"],
+    ids=["few-layers", "stages", "layers", "empty-stage", "rules", "rows"],
 )
 def test_a_cut_that_cannot_be_is_refused(moe_config, options, message):
     mesh = jax_mla.make_mesh(**options.pop("mesh", {"stage": 2}))
@@ -117,10 +129,11 @@ def test_between_steps_stages_share_what_they_can(moe_config, num_stages, of_emb
     assert pipeline.joined_rules.embed == of_embed
 
 
-def test_zeros_keep_their_sign(moe_config):
+@pytest.mark.parametrize("axes", [{"stage": 3}, {"stage": 2, "data": 2, "tensor": 2}], ids=str)
+def test_zeros_keep_their_sign(moe_config, axes):
     """-0.0 + 0.0 is 0.0, and what is joined is added up."""
     params = jax.tree.map(lambda x: -0.0 * np.ones_like(x), params_of(moe_config))
-    pipeline = Pipeline(moe_config, jax_mla.make_mesh(stage=3))
+    pipeline = Pipeline(moe_config, jax_mla.make_mesh(**axes), jax_mla.rules.tensor_parallel())
     joined = pipeline.join(pipeline.split(params))
     assert_same(joined, params)
     assert all(np.signbit(x).all() for x in jax.tree.leaves(joined))

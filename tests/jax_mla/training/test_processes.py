@@ -35,6 +35,7 @@ LAYOUTS = {
 # A stage in both processes, and one in each.
 PIPELINES = {
     "stages in both": "--mesh data=4,stage=2 --micro-batches 2 --pipeline gpipe",
+    "fsdp x tensor x stages": "--mesh fsdp=2,tensor=2,stage=2 --micro-batches 4",
     "a stage each": "--mesh stage=2,sequence=4 --rules context_parallel --micro-batches 4",
 }
 
