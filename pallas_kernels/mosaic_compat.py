@@ -72,7 +72,7 @@ def summing_kernel(body, *, sum_type, out_type, grid, grid_names, **options):
         def batched_body(*refs, **scratch):
             index = lax.axis_index(axis)
             inputs, results = refs[: len(operands)], refs[len(operands) :]
-            inputs = [x.at[index] if b else x for x, b in zip(inputs, is_batched, strict=True)]
+            inputs = jax.tree.map(lambda x, b: x.at[index] if b else x, inputs, tuple(is_batched))
             body(*inputs, *(x.at[index] for x in results), **scratch)
 
         def batched(x):

@@ -20,11 +20,22 @@ class Problem:
     causal: bool
     scale: float
     offset: int  # position of query 0
+    has_lengths: bool = False  # so that keys may end anywhere, and a query may see none
+    group_parts: int = 1  # that the query heads of a key head are cut into, for its gradients
 
     @property
     def group(self) -> int:
         """Query heads that share a key head."""
         return self.N // self.G
+
+    @property
+    def part(self) -> int:
+        """Query heads that a tile of keys meets in the backward pass."""
+        return self.group // self.group_parts
+
+    def num_waves(self, num_rows: int, num_heads: int, num_sms: int) -> int:
+        """Tiles that the busiest multiprocessor gets."""
+        return -(-(-(-num_rows // TILE) * self.B * num_heads) // num_sms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +80,28 @@ MAX_GRADIENT_COLUMNS = 320
 HEAD_SIZES = tuple(FORWARD)
 
 
+def group_parts(problem: Problem, num_sms: int) -> int:
+    """Parts of a group of query heads, each with tiles of keys of its own: more tiles, more sums.
+
+    As few as keep the multiprocessors as busy as they can be; one where tiles suffice anyway.
+    """
+    if problem.num_waves(problem.S, problem.G, num_sms) > 1:
+        return 1
+    divisors = (n for n in range(1, problem.group + 1) if problem.group % n == 0)
+    return min(divisors, key=lambda n: problem.num_waves(problem.S, problem.G * n, num_sms) / n)
+
+
 def is_backward_fused(problem: Problem, deterministic: bool, num_sms: int) -> bool:
     """Whether one kernel computes all gradients, so that the bits of dq differ from run to run.
 
-    Where that is allowed, what is counted speaks for it if every multiprocessor gets a tile of
-    keys; with fewer tiles, a kernel of its own for dq keeps more of them busy. No GPU has measured
-    either: NOTES.md has the counts.
+    Where that is allowed, it is if the products for dq take the busiest multiprocessor less time
+    in the kernel of dk and dv than the three of a kernel of their own, whose tiles are of queries.
+    No GPU has measured either: NOTES.md has the counts.
     """
     config = FUSED.get((problem.K, problem.H))
-    if deterministic or config is None:
+    if deterministic or config is None or problem.T < config.block:
         return False
-    num_tiles = -(-problem.S // TILE) * problem.B * problem.G
-    return num_tiles >= num_sms and problem.T >= config.block
+    key_waves = problem.num_waves(problem.S, problem.G * problem.group_parts, num_sms)
+    query_waves = problem.num_waves(problem.T, problem.N, num_sms)
+    added = key_waves * problem.part * problem.T * problem.K
+    return added <= query_waves * problem.S * (2 * problem.K + problem.H)

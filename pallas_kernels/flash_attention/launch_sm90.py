@@ -15,6 +15,7 @@ from pallas_kernels.flash_attention.config_sm90 import (
     ROWS,
     TILE,
     Problem,
+    group_parts,
     is_backward_fused,
 )
 from pallas_kernels.flash_attention.work_sm90 import Masks
@@ -40,7 +41,6 @@ class Static:
     """What a trace is specialised on."""
 
     problem: Problem
-    has_lengths: bool  # so that a query may see nothing
     deterministic: bool
     num_sms: int
 
@@ -53,15 +53,12 @@ def flash_attention_sm90(
 ):
     """See `flash_attention`."""
     (B, T, N, K), (S, G, H) = q.shape, v.shape[1:]
-    if lengths is not None:
-        # Keys past the length may hold NaN, and 0 * NaN is NaN: none may reach a matmul.
-        is_past = (jnp.arange(S)[None, :] >= lengths[:, None])[:, :, None, None]
-        k, v = jnp.where(is_past, 0, k), jnp.where(is_past, 0, v)
     masks = _masks(B, T, S, segment_ids, lengths)
     q, k, v = _pad(q, ROWS), _pad(k, TILE), _pad(v, TILE)
-    problem = Problem(B, q.shape[1], k.shape[1], N, G, K, H, causal, float(scale), offset=S - T)
-    num_sms = num_sms or hardware.num_sms()
-    static = Static(problem, lengths is not None, deterministic, num_sms)
+    T_padded, S_padded = q.shape[1], k.shape[1]
+    sizes = B, T_padded, S_padded, N, G, K, H
+    problem = Problem(*sizes, causal, float(scale), S - T, has_lengths=lengths is not None)
+    static = Static(problem, deterministic, num_sms or hardware.num_sms())
     q, k, v, *masks = varying.align(q, k, v, *masks)
     out, lse = _attention(static, q, k, v, Masks(*masks))
     out = out[:, :T]
@@ -106,7 +103,7 @@ def _gradients(static, residuals, cotangents):
     delta = jnp.swapaxes(delta, 1, 2)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2]))) - dlse
     start = -lse / static.problem.scale
-    if static.has_lengths:
+    if static.problem.has_lengths:
         # An empty row has no gradient, even where log or division made its cotangent NaN.
         is_empty = lse == -jnp.inf
         start, delta = jnp.where(is_empty, -jnp.inf, start), jnp.where(is_empty, 0, delta)
@@ -118,17 +115,35 @@ def _gradients(static, residuals, cotangents):
     return dq, dk, dv, jax.tree.map(lambda _: None, masks)
 
 
-def _backward(static: Static, masks: Masks, *operands) -> tuple[jax.Array, ...]:
-    """dq, dk, dv of q, k, v, dout and stats."""
+def _backward(static: Static, masks: Masks, q, k, v, dout, stats) -> tuple[jax.Array, ...]:
+    """dq, dk, dv."""
     from pallas_kernels.flash_attention import mosaic_gpu_sm90_backward as backward
     from pallas_kernels.flash_attention import mosaic_gpu_sm90_fused as fused
 
-    problem, num_sms = static.problem, static.num_sms
+    num_sms = static.num_sms
+    parts = group_parts(static.problem, num_sms)
+    problem = dataclasses.replace(static.problem, group_parts=parts)
+    if problem.has_lengths:
+        # As in `key_rows`; beside five matmuls a copy of everything is little.
+        is_past = (jnp.arange(problem.S)[None, :] >= masks.key_ends[:, None])[:, :, None, None]
+        k, v = jnp.where(is_past, 0, k), jnp.where(is_past, 0, v)
+    operands = masks, q, k, v, dout, stats
     if is_backward_fused(problem, static.deterministic, num_sms):
-        dq, dk, dv = fused.gradients(problem, masks, *operands, num_sms=num_sms)
-        return (problem.scale * dq).astype(dk.dtype), dk, dv
-    dq = backward.query_gradient(problem, masks, *operands, num_sms=num_sms)
-    return dq, *backward.key_gradients(problem, masks, *operands, num_sms=num_sms)
+        dq, dk, dv = fused.gradients(problem, *operands, num_sms=num_sms)
+        dq = (problem.scale * dq).astype(q.dtype)
+    else:
+        dq = backward.query_gradient(problem, *operands, num_sms=num_sms)
+        dk, dv = backward.key_gradients(problem, *operands, num_sms=num_sms)
+    return dq, _sum_parts(problem, dk), _sum_parts(problem, dv)
+
+
+def _sum_parts(problem: Problem, gradient):
+    """ "B S G K" of "B S parts-of-all-groups K"."""
+    if problem.group_parts == 1:
+        return gradient
+    B, S, _, K = gradient.shape
+    parts = gradient.reshape(B, S, problem.G, problem.group_parts, K)
+    return parts.sum(3, dtype=jnp.float32).astype(gradient.dtype)
 
 
 _attention = jax.custom_vjp(_forward, nondiff_argnums=(0,))

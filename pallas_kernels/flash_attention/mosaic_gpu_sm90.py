@@ -27,7 +27,7 @@ from pallas_kernels.flash_attention.parts_sm90 import (
     run_kernel,
     zeros,
 )
-from pallas_kernels.flash_attention.work_sm90 import Masks, query_tiles
+from pallas_kernels.flash_attention.work_sm90 import Masks, key_rows, query_tiles
 
 
 def forward(
@@ -58,7 +58,7 @@ def forward(
             **key_rings(problem, config, q.dtype),
             "turn": plgpu.Barrier(num_barriers=1, num_arrivals=NUM_CONSUMERS),
         },
-    )(q, k, v, tiles, *masks)
+    )(q, *key_rows(problem, masks, k, v), tiles, *masks)
     return out, lse
 
 
@@ -70,7 +70,7 @@ def _body(
     keys, values, turn = Ring(*keys), Ring(*values), turn.at[0]
 
     def load():
-        load_keys(problem, config, tiles, k_gmem, v_gmem, keys, values)
+        load_keys(problem, config, masks, tiles, k_gmem, v_gmem, keys, values)
 
     def consume(wg):
         def attend_tile(read_tile, begin):

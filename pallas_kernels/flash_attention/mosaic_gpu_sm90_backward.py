@@ -48,7 +48,7 @@ from pallas_kernels.flash_attention.parts_sm90 import (
     store,
     zeros,
 )
-from pallas_kernels.flash_attention.work_sm90 import Masks, key_tiles, query_tiles
+from pallas_kernels.flash_attention.work_sm90 import Masks, Rows, key_tiles, query_tiles
 
 
 def query_gradient(
@@ -73,7 +73,7 @@ def query_gradient(
             "tile_full": plgpu.Barrier(num_barriers=NUM_CONSUMERS, num_arrivals=2),
             **key_rings(problem, config, q.dtype),
         },
-    )(q, k, v, dout, stats, tiles, *masks)
+    )(q, Rows(k), Rows(v), dout, stats, tiles, *masks)
 
 
 def _query_body(
@@ -85,7 +85,7 @@ def _query_body(
     log2_scale = problem.scale * math.log2(math.e)
 
     def load():
-        load_keys(problem, config, tiles, k_gmem, v_gmem, keys, values)
+        load_keys(problem, config, masks, tiles, k_gmem, v_gmem, keys, values)
 
     def consume(wg):
         full = tile_full.at[wg]
@@ -139,7 +139,7 @@ def _query_body(
 def key_gradients(
     problem: Problem, masks: Masks, q, k, v, dout, stats, *, num_sms, config: Config | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """dk "B S G K" and dv "B S G H", summed over the query heads of a group."""
+    """dk "B S parts K" and dv "B S parts H", summed over the query heads of a part of a group."""
     config = config or BACKWARD_KEYS[problem.K, problem.H]
     tiles = key_tiles(problem, masks, config, num_sms)
     dk_type, dv_type = key_gradient_types(problem, q.dtype)
@@ -170,8 +170,8 @@ def key_gradients(
 
 
 def key_gradient_types(problem: Problem, dtype) -> list[jax.ShapeDtypeStruct]:
-    """Of dk and dv."""
-    shape = problem.B, problem.S, problem.G
+    """Of dk and dv, for every part of a group."""
+    shape = problem.B, problem.S, problem.G * problem.group_parts
     return [jax.ShapeDtypeStruct((*shape, size), dtype) for size in (problem.K, problem.H)]
 
 
@@ -210,25 +210,26 @@ def for_each_key_tile(problem: Problem, tiles, inputs, outputs, smems, wg, meet_
 
     def differentiate_tile(read_tile, begin):
         tile = read_tile(begin)
+        rows = _own_keys(tile, wg, tile.head // problem.group_parts)
         for gmem, smem in zip(inputs, tile_smems, strict=True):
-            plgpu.copy_gmem_to_smem(gmem.at[_own_keys(tile, wg)], smem.at[wg], tile_full.at[wg])
+            plgpu.copy_gmem_to_smem(gmem.at[rows], smem.at[wg], tile_full.at[wg])
         plgpu.barrier_wait(tile_full.at[wg])
         dk, dv = meet_tile(tile, begin)
-        end = begin + problem.group * tile.num_blocks
+        end = begin + problem.part * tile.num_blocks
         tile = read_tile(end)
         for value, scale, smem, gmem in zip(
             (dk, dv), (problem.scale, 1.0), tile_smems, outputs, strict=True
         ):
             if value is not None:
-                store(scale * value, smem.at[wg], gmem.at[_own_keys(tile, wg)])
+                store(scale * value, smem.at[wg], gmem.at[_own_keys(tile, wg, tile.head)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return end
 
     for_each_tile(tiles, differentiate_tile)
 
 
-def _own_keys(tile, wg):
-    return tile.b, pl.ds(tile.place * TILE + wg * ROWS, ROWS), tile.head
+def _own_keys(tile, wg, head):
+    return tile.b, pl.ds(tile.place * TILE + wg * ROWS, ROWS), head
 
 
 def meet_queries(problem: Problem, config: Config, masks: Masks, wg, tile, begin, body, state):
@@ -249,7 +250,7 @@ def meet_queries(problem: Problem, config: Config, masks: Masks, wg, tile, begin
             def hide(scores):  # a loop of its own for masked blocks would cost registers
                 return lax.cond(index < tile.num_masked, hide_some, lambda x: x, scores)
 
-            place = tile.head * problem.group + head, first_query
+            place = tile.head * problem.part + head, first_query
             return body(step, place, hide, state)
 
         return lax.fori_loop(first_step, first_step + tile.num_blocks, meet, state)

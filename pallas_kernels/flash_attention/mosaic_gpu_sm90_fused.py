@@ -37,7 +37,7 @@ from pallas_kernels.flash_attention.work_sm90 import Masks, key_tiles
 def gradients(
     problem: Problem, masks: Masks, q, k, v, dout, stats, *, num_sms, config: Config | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq "B T N K" in float32 and without its factor `scale`; dk "B S G K", dv "B S G H"."""
+    """dq "B T N K" in float32 and without its factor `scale`; dk and dv as `key_gradients`."""
     config = config or FUSED[problem.K, problem.H]
     tiles = key_tiles(problem, masks, config, num_sms)
     width = _part(problem, config, 0)[1].stop  # columns of dq that a consumer computes

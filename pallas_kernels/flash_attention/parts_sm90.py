@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_compat
-from pallas_kernels.flash_attention.config_sm90 import Config, Problem
-from pallas_kernels.flash_attention.work_sm90 import Masks, Tile
+from pallas_kernels.flash_attention.config_sm90 import TILE, Config, Problem
+from pallas_kernels.flash_attention.work_sm90 import Masks, Rows, Tile
 
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
@@ -132,7 +132,10 @@ def key_rings(problem: Problem, config: Config, dtype) -> dict[str, Any]:
     }
 
 
-def load_keys(problem: Problem, config: Config, tiles, k_gmem, v_gmem, keys: Ring, values: Ring):
+def load_keys(
+    problem: Problem, config: Config, masks: Masks, tiles, k_gmem: Rows, v_gmem: Rows, keys: Ring,
+    values: Ring,
+):  # fmt: skip
     """Fills the rings with the blocks of keys and values that the tiles of queries meet."""
 
     def load_tile(read_tile, begin):
@@ -140,9 +143,25 @@ def load_keys(problem: Problem, config: Config, tiles, k_gmem, v_gmem, keys: Rin
         b, g = tile.b, tile.head // problem.group
 
         def load_block(step, _):
-            block = pl.ds(tile.block(step - begin) * config.block, config.block)
-            keys.fill(step, k_gmem.at[b, block, g])
-            values.fill(step, v_gmem.at[b, block, g])
+            j = tile.block(step - begin)
+
+            def fill(k_rows, v_rows, j):
+                block = b, pl.ds(j * config.block, config.block), g
+                keys.fill(step, k_rows.at[block])
+                values.fill(step, v_rows.at[block])
+
+            def fill_from_whole():
+                fill(k_gmem.whole, v_gmem.whole, j)
+
+            def fill_from_last_tile():
+                j_in_tile = lax.rem(j, jnp.int32(TILE // config.block))
+                fill(k_gmem.last_tile, v_gmem.last_tile, j_in_tile)
+
+            if k_gmem.last_tile is None:
+                fill_from_whole()
+            else:
+                is_last = (j + 1) * config.block > masks.key_ends[b]
+                lax.cond(is_last, fill_from_last_tile, fill_from_whole)
 
         end = begin + tile.num_blocks
         lax.fori_loop(begin, end, load_block, None)
@@ -170,7 +189,7 @@ def load_queries(
         tile = read_tile(begin)
 
         def load_head(head, begin):
-            n = tile.head * problem.group + head
+            n = tile.head * problem.part + head
 
             def load_block(step, _):
                 block = pl.ds(tile.block(step - begin) * config.block, config.block)
@@ -207,10 +226,10 @@ def at_step(index: jax.Array | int, step):
 
 
 def for_each_head(problem: Problem, body, carry):
-    """`carry = body(head, carry)` for the query heads of a group."""
-    if problem.group == 1:
+    """`carry = body(head, carry)` for the query heads of a part of a group."""
+    if problem.part == 1:
         return body(0, carry)
-    return lax.fori_loop(0, problem.group, body, carry)
+    return lax.fori_loop(0, problem.part, body, carry)
 
 
 def packed(x) -> jax.Array:

@@ -14,12 +14,35 @@ from jaxtyping import Array, Int32
 from pallas_kernels.flash_attention.config_sm90 import TILE, Config, Problem
 
 
+class Rows(NamedTuple):
+    """Keys or values; if they end before the array does, the tile of the end once more."""
+
+    whole: Array  # "B S G K"
+    last_tile: Array | None = None  # "B TILE G K", zeros from the end on
+
+
 class Masks(NamedTuple):
     """What hides keys besides the causal border."""
 
     key_ends: Int32[Array, "B"]  # keys from here on are hidden
     query_ids: Int32[Array, "B T"] | None  # segments
     key_ids: Int32[Array, "B S"] | None
+
+
+def key_rows(problem: Problem, masks: Masks, *arrays: Array) -> list[Rows]:
+    """Keys and values "B S G K" as blocks of them are loaded.
+
+    Rows behind a length may hold NaN, and 0 * NaN is NaN: none may reach a matmul. Blocks behind
+    are never loaded; of the tile in which keys end this makes a copy with zeros, for a copy of
+    everything would cost a pass over it.
+    """
+    if not problem.has_lengths:
+        return [Rows(x) for x in arrays]
+    ends = masks.key_ends[:, None]
+    row = ends // TILE * TILE + jnp.arange(TILE)[None, :]
+    row = jnp.where(row < ends, row, problem.S)
+    b = jnp.arange(problem.B)[:, None]
+    return [Rows(x, x.at[b, row].get(mode="fill", fill_value=0)) for x in arrays]
 
 
 Scalar = jax.Array | int  # int32
@@ -62,10 +85,11 @@ def query_tiles(
 def key_tiles(
     problem: Problem, masks: Masks, config: Config, num_ctas: int
 ) -> Int32[Array, "num_tiles 7"]:
-    """Tiles of keys, which meet blocks of queries."""
+    """Tiles of keys, which meet blocks of queries; `head` numbers the parts of all groups."""
     some, every = _visible(problem, masks, config.block, TILE)
     runs = _runs(jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2))
-    return _deal(runs, problem.G, config.heads_at_once, num_ctas, is_last_longest=False)
+    num_heads = problem.G * problem.group_parts
+    return _deal(runs, num_heads, config.heads_at_once, num_ctas, is_last_longest=False)
 
 
 def _visible(problem, masks, block_t, block_s) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """The Hopper kernels of flash attention: their work lists, simulated, compiled, and on a GPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -23,11 +24,12 @@ from pallas_kernels.flash_attention.config_sm90 import (
     TILE,
     Config,
     Problem,
+    group_parts,
     is_backward_fused,
 )
 from pallas_kernels.flash_attention.launch_sm90 import _masks, flash_attention_sm90
 from pallas_kernels.flash_attention.reference import flash_attention_reference
-from pallas_kernels.flash_attention.work_sm90 import Tile, key_tiles, query_tiles
+from pallas_kernels.flash_attention.work_sm90 import Tile, key_rows, key_tiles, query_tiles
 
 NUM_SMS = 132
 KERNELS = ("flash_attention_forward", "flash_attention_dq", "flash_attention_dk_dv")
@@ -36,6 +38,8 @@ FUSED_KERNEL = "flash_attention_backward" if jax.__version_info__ >= (0, 11) els
 HEADS = [f"{K}/{H}" for K, H in HEAD_SIZES]
 MODES = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fused"])
 
+# Of segments as they come: ids in no order, one that returns, and how many positions have it.
+UNSORTED = ((7, 30), (-2, 40), (1000, 20), (7, 40))
 # B, T, S, N, G, K, H, dtype, options, number of CTAs; what a name says is what the case adds
 CASES = {
     "causal-odd": (1, 133, 133, 1, 1, 64, 64, "bfloat16", {}, NUM_SMS),
@@ -52,6 +56,14 @@ CASES = {
         2, 70, 200, 2, 1, 192, 128, "bfloat16", {"segment_ids": 2, "lengths": [190, 0]}, 2,
     ),
     "fused-full-T>S-float16": (1, 200, 130, 1, 1, 128, 128, "float16", {"causal": False}, 2),
+    "ids-in-any-order-groups-in-parts": (
+        1, 130, 130, 4, 1, 64, 64, "bfloat16", {"segment_ids": UNSORTED}, 4,
+    ),
+    "fused-ids-in-any-order-lengths-groups-in-parts": (
+        1, 130, 130, 4, 1, 64, 64, "bfloat16", {"segment_ids": UNSORTED, "lengths": [129]}, 4,
+    ),
+    "float16-large-scores": (1, 72, 136, 1, 1, 64, 64, "float16", {"scale": 7.0}, NUM_SMS),
+    "fused-float16-large-scores": (1, 128, 136, 1, 1, 64, 64, "float16", {"scale": 7.0}, NUM_SMS),
 }  # fmt: skip
 
 
@@ -66,7 +78,9 @@ def case(rng, name):
     B, _, S = sizes[:3]
     options = {"causal": True, "scale": 0.11, "segment_ids": None, "lengths": None} | options
     options["deterministic"] = not name.startswith("fused")
-    if options["segment_ids"]:
+    if options["segment_ids"] == UNSORTED:
+        options["segment_ids"] = np.tile(np.repeat(*np.array(UNSORTED, np.int32).T), (B, 1))
+    elif options["segment_ids"]:
         ids = rng.integers(0, options["segment_ids"], (B, S))
         options["segment_ids"] = np.sort(ids, axis=1).astype(np.int32)
     if options["lengths"]:
@@ -210,10 +224,9 @@ def shapes(K, H, *, B=1, T=4096, S=4096, N=16, G=16, dtype="bfloat16"):
     return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
 
 
-def with_masks(deterministic=True):
+def with_masks(deterministic=True, num_sms=NUM_SMS):
     """A function of q, k, v, dout, segment_ids and lengths, either of them None."""
-    options = {"causal": True, "scale": 0.1, "deterministic": deterministic}
-    options["num_sms"] = NUM_SMS if deterministic else 1  # few enough for the tiles of any shape
+    options = {"causal": True, "scale": 0.1, "deterministic": deterministic, "num_sms": num_sms}
 
     def run(q, k, v, dout, segment_ids=None, lengths=None):
         masks = {"segment_ids": segment_ids, "lengths": lengths}
@@ -252,16 +265,44 @@ def test_lowers_under_vmap_and_shard_map(deterministic):
         assert all(kernel in text for text in texts)
 
 
-def test_gradients_are_fused_where_tiles_of_keys_suffice():
-    def is_fused(*, S=2112, T=2112, K=192, H=128, deterministic=False):
-        problem = Problem(2, T, S, 16, 4, K, H, True, 0.1, offset=S - T)
-        return is_backward_fused(problem, deterministic, num_sms=132)
+def problem_of(*, B=2, T=2112, S=2112, N=16, G=4, K=192, H=128):
+    return Problem(B, T, S, N, G, K, H, False, 0.1, offset=S - T)
+
+
+def test_gradients_are_fused_where_that_is_less_work():
+    def is_fused(*, deterministic=False, **sizes):
+        return is_backward_fused(problem_of(**sizes), deterministic, num_sms=132)
 
     assert is_fused() and is_fused(K=128) and is_fused(K=64, H=64)
     assert not is_fused(deterministic=True)
     assert not is_fused(K=256, H=256)
-    assert is_fused(S=2049) and not is_fused(S=2048)  # 136 and 128 tiles
     assert is_fused(T=64) and not is_fused(T=64, K=64, H=64)  # whose blocks are 128 queries
+    # One tile of keys for all of 16384 queries: tiles of queries keep more of the GPU busy.
+    assert not is_fused(B=1, T=16384, S=128, N=4, G=4)
+    assert is_fused(B=1, T=16384, S=16384, N=4, G=4)
+
+
+def test_groups_are_cut_where_tiles_of_keys_do_not_suffice():
+    def parts(num_tiles, group):
+        return group_parts(problem_of(B=1, S=num_tiles * TILE, N=group, G=1), num_sms=132)
+
+    assert parts(132, 8) == parts(133, 8) == 1
+    assert parts(128, 8) == 1  # two halves would take as long as the whole
+    assert parts(66, 8) == 2 and parts(32, 16) == 4 and parts(1, 16) == 16
+    assert parts(40, 9) == 3 and parts(1, 7) == 7
+    assert parts(100, 8) == 8  # 7 turns of an eighth
+
+
+def test_the_tile_in_which_keys_end_has_zeros_behind_them(rng):
+    x = normal(rng, (4, 200, 2, 8), "float32")
+    masks = _masks(4, 200, 200, None, np.array([0, 100, 128, 200]))
+    problem = dataclasses.replace(problem_of(B=4, T=200, S=200), has_lengths=True)
+    ((whole, last_tile),) = key_rows(problem, masks, x)
+    assert whole is x and last_tile.shape == (4, TILE, 2, 8)
+    np.testing.assert_array_equal(last_tile[1, :100], x[1, :100])
+    np.testing.assert_array_equal(last_tile[3, :72], x[3, 128:])
+    assert not last_tile[::2].any() and not last_tile[1, 100:].any()
+    assert not last_tile[3, 72:].any()
 
 
 def test_named_implementation_is_used(monkeypatch):
@@ -272,7 +313,7 @@ def test_named_implementation_is_used(monkeypatch):
         return jax.vjp(attend, q, k, v)[1](dout)
 
     text = lower_for_cuda(run, *shapes(64, 64, T=128, S=128, N=1, G=1))
-    assert all(kernel in text for kernel in KERNELS)
+    assert all(kernel in text for kernel in (KERNELS[0], FUSED_KERNEL))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +371,7 @@ def fused_gradients(causal=True):
 
     def run(q, k, v, dout, stats, segment_ids=None, lengths=None):
         (B, T, N, K), (S, G, H) = q.shape, v.shape[1:]
-        problem = Problem(B, T, S, N, G, K, H, causal, 0.1, offset=S - T)
+        problem = Problem(B, T, S, N, G, K, H, causal, 0.1, S - T, lengths is not None)
         masks = _masks(B, T, S, segment_ids, lengths)
         return gradients(problem, masks, q, k, v, dout, stats, num_sms=NUM_SMS)
 
@@ -352,6 +393,31 @@ def test_fused_gradients_compile_for_hopper(K, H, dtype, is_masked):
     loop = kernel.loop("HGMMA")
     assert tensor_clocks(loop) == FUSED[K, H].block * (3 * K + 2 * H) // 32
     assert loop.of("UTMAREDG") == 1
+
+
+@MODES
+@pytest.mark.kernel_aot
+def test_groups_in_parts_compile_for_hopper(deterministic):
+    """16 query heads share 16 tiles of keys: 8 parts of 2 heads make 128 tiles of them."""
+    arrays = *shapes(192, 128, T=2048, S=2048, G=1), *masks(1, 2048)
+    kernels = compile_sm90a(with_masks(deterministic, NUM_SMS), *arrays).kernels
+    grids = {kernel.name: kernel.grid[0] for kernel in kernels}
+    assert grids[KERNELS[2] if deterministic else FUSED_KERNEL] == 128
+    for kernel in kernels:
+        kernel.check()
+
+
+@pytest.mark.kernel_aot
+def test_lengths_cost_no_copy_of_the_keys():
+    """Few queries over a long cache; the keys are 201 MB."""
+    q, k, v, _ = shapes(192, 128, T=128, S=32768)
+
+    def run(q, k, v, lengths):
+        options = {"causal": True, "scale": 0.1, "segment_ids": None, "deterministic": False}
+        options |= {"lengths": lengths, "return_lse": False, "num_sms": NUM_SMS}
+        return flash_attention_sm90(q, k, v, **options)
+
+    assert compile_sm90a(run, q, k, v, masks(1, 32768)[1]).temp_bytes < 4e6
 
 
 @pytest.mark.kernel_aot
@@ -398,8 +464,7 @@ def test_small_cases_on_a_gpu(rng, name):
 @pytest.mark.parametrize("K, H", HEAD_SIZES, ids=HEADS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_equal_xla_on_a_gpu(rng, dtype, K, H, G, causal, S, deterministic):
-    problem = Problem(1, S, S, 8, G, K, H, causal, 0.1, offset=0)
-    if not deterministic and not is_backward_fused(problem, False, hardware.num_sms()):
+    if not deterministic and (K, H) not in FUSED:
         pytest.skip("is deterministic in any case")
     arrays = inputs(rng, 1, S, S, 8, G, K, H, dtype)
 
