@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import platform
 import re
 import statistics
@@ -20,31 +21,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import hardware, timing
+from pallas_kernels import dispatch, hardware, timing
 
 OPS = ("mla_decode", "flash_attention", "grouped_matmul")
 BOUNDS = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}  # RMS error relative to RMS
+WORST_ROW = 10  # times that: one wrong row would be lost among thousands
+NAME = 75  # columns of a workload's name
 COLUMNS = (
-    f"{'workload':<56} {'implementation':<14} {'us':>9} {'TFLOP/s':>8} {'GB/s':>8}"
+    f"{'workload':<{NAME}} {'implementation':<14} {'us':>9} {'TFLOP/s':>8} {'GB/s':>8}"
     f" {'% matmul':>8} {'% copy':>7}"
 )
 
 
 @dataclasses.dataclass
 class Result:
-    """One implementation on one workload; `note` says why there is no time."""
+    """One implementation on one workload; `note` says why there is no time.
+
+    `us` is the median of `num_samples`, and the rates are those of it.
+    """
 
     op: str
     workload: str
     implementation: str
     us: float | None = None
     fastest_us: float | None = None
+    num_samples: int = 0
     tflop_per_s: float | None = None
     gb_per_s: float | None = None
     percent_of_matmul: float | None = None
     percent_of_copy: float | None = None
     times_faster_than_xla: float | None = None
     relative_rms_error: float | None = None
+    worst_row_error: float | None = None
     note: str = ""
     is_ours: bool = True
 
@@ -53,7 +61,7 @@ class Result:
         return self.is_ours and self.note.startswith(("WRONG", "FAILED"))
 
     def __str__(self) -> str:
-        start = f"{self.workload:<56} {self.implementation:<14} "
+        start = f"{self.workload:<{NAME}} {self.implementation:<14} "
         if self.us is None:
             return start + self.note
         return start + " ".join(
@@ -72,17 +80,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints a table an op; the exit code is 1 if any implementation was wrong."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
     parser.add_argument("op", nargs="*", choices=[*OPS, []], help="default: every op")
-    parser.add_argument("--implementation", help="only this one, and xla for the ratio")
+    parser.add_argument(
+        "--implementation", choices=dispatch.NAMES, help="only this one, and xla for the ratio"
+    )
     add_options(parser)
     options = parser.parse_args(arguments)
+    chosen = workloads(parser, options, options.op or OPS)
     about = environment()
     print(header(about))
     results: list[Result] = []
-    for op in options.op or OPS:
+    for op, chosen_of_op in chosen.items():
         print(f"\n{op}\n{COLUMNS}")
         table = importlib.import_module(f"pallas_kernels.{op}.api").IMPLEMENTATIONS
-        names = [one.name for one in table if options.implementation in (None, one.name, "xla")]
-        for workload in workloads(op, options):
+        names = [one.name for one in table]
+        if options.implementation is not None:
+            names = [name for name in names if name in (options.implementation, "xla")]
+        for workload in chosen_of_op:
             for result in measure(op, workload, names):
                 results.append(result)
                 write_json(options.json, about, results)
@@ -95,14 +108,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--quick", action="store_true", help="a few small shapes, for a CPU")
     size.add_argument("--smoke", action="store_true", help="a few full-sized shapes, for a GPU")
     parser.add_argument("--only", default="", help="workloads whose name has this regex")
+    parser.add_argument("--list", action="store_true", help="print the workloads' names and stop")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
 
 
-def workloads(op: str, options: argparse.Namespace) -> list:
-    """Those of an op that the command line asks for."""
-    module = importlib.import_module(f"pallas_kernels.{op}.workloads")
-    chosen = module.QUICK if options.quick else module.SMOKE if options.smoke else module.WORKLOADS
-    return [workload for workload in chosen if re.search(options.only, workload.name)]
+def workloads(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, ops: Sequence[str]
+) -> dict[str, list]:
+    """Those that the command line asks for, by op; ends the program after --list, or if none."""
+    size = "QUICK" if options.quick else "SMOKE" if options.smoke else "WORKLOADS"
+    chosen = {}
+    for op in ops:
+        every = getattr(importlib.import_module(f"pallas_kernels.{op}.workloads"), size)
+        chosen[op] = [one for one in every if re.search(options.only, one.name)]
+    if not any(chosen.values()):
+        parser.error(f"--only {options.only!r} is in no name of a workload of {', '.join(ops)}")
+    if options.list:
+        print(*(one.name for of_op in chosen.values() for one in of_op), sep="\n")
+        parser.exit()
+    return chosen
 
 
 def environment() -> dict[str, Any]:
@@ -139,7 +163,8 @@ def measure(
 ) -> Iterator[Result]:
     """Prints a line for every implementation and yields it; "xla", often the slowest, is last.
 
-    The other results get `times_faster_than_xla` when "xla" has been timed.
+    The other results get `times_faster_than_xla` when "xla" has been timed. What fails takes no
+    other figure with it: the result says so, and the next implementation runs.
 
     Args:
       names: implementations of ours.
@@ -147,44 +172,67 @@ def measure(
         A function that takes arrays in an order of its own has `arrange` and `restore`, for
         arguments and results; neither is timed.
     """
-    is_gpu = jax.default_backend() == "gpu"
-    num_sets = timing.num_copies(workload.bytes) if is_gpu and _is_memory_bound(workload) else 1
-    sets = [workload.arrays(seed) for seed in range(num_sets)]
-    want = _reference(workload, sets[-1])
-    results: list[Result] = []
-    for name in sorted([*names, *peers], key=lambda name: name == "xla"):
-        result = Result(op, workload.name, name, is_ours=name not in peers)
-        results.append(result)
-        try:
-            implementation = peers[name](workload) if name in peers else name
-            result.relative_rms_error, samples = _timed(workload, implementation, sets, want)
-        except NotImplementedError as reason:
-            result.note = f"skipped: {reason}"
-        except Exception as error:  # so that one failure does not take the other figures with it
-            result.note = f"FAILED: {first_line(error)}"
+    order = sorted([*names, *peers], key=lambda name: name == "xla")
+    results = [Result(op, workload.name, name, is_ours=name not in peers) for name in order]
+    sets, want, why_not = None, None, ""
+    try:
+        sets = _argument_sets(workload)
+        want = _reference(workload, sets[-1])
+    except Exception as error:
+        why_not = f"FAILED: the reference: {first_line(error)}"
+    for result in results:
+        if why_not:
+            result.note = why_not
         else:
-            if samples:
-                fill(result, workload, samples)
-            else:
-                result.note = f"WRONG: relative RMS error {result.relative_rms_error:.1e}"
+            _measure_one(result, workload, peers, sets, want)
         print(result, flush=True)
-        if name == "xla" and result.us:
+        if result.implementation == "xla" and result.us:
             _compare_with_xla(results, result.us)
         yield result
 
 
-def _timed(workload, implementation, sets, want) -> tuple[float, list[float]]:
-    """The error of an implementation, and samples of seconds a call if that is within its bound."""
+def _measure_one(result: Result, workload, peers, sets, want) -> None:
+    """Fills `result` with figures, or with a note."""
+    name = result.implementation
+    # Of our kernels only the dispatcher may refuse: a gap that the compiler finds is a failure.
+    refusal = dispatch.CannotRun if result.is_ours else NotImplementedError
+    try:
+        implementation = peers[name](workload) if name in peers else name
+        errors, samples = _timed(workload, implementation, sets, want)
+    except refusal as reason:
+        result.note = f"skipped: {reason}"
+    except Exception as error:
+        result.note = f"FAILED: {first_line(error)}"
+    else:
+        if all(map(math.isfinite, errors)):  # JSON has no NaN
+            result.relative_rms_error, result.worst_row_error = errors
+        if samples:
+            fill(result, workload, samples)
+        else:
+            whole, row = errors
+            result.note = f"WRONG: relative RMS error {whole:.1e}, {row:.1e} in the worst row"
+
+
+def _argument_sets(workload) -> list:
+    """Arrays of a workload: as many as the cache cannot hold, where memory bounds it."""
+    is_gpu = jax.default_backend() == "gpu"
+    num_sets = timing.num_copies(workload.bytes) if is_gpu and _is_memory_bound(workload) else 1
+    return [workload.arrays(seed) for seed in range(num_sets)]
+
+
+def _timed(workload, implementation, sets, want) -> tuple[tuple[float, float], list[float]]:
+    """The errors of an implementation, and samples of seconds a call if these are in bounds."""
     arrange = getattr(implementation, "arrange", lambda arrays: arrays)
     restore = getattr(implementation, "restore", lambda result: result)
 
     def is_right(got) -> bool:
-        return _relative_rms(restore(got), want) <= BOUNDS[workload.dtype]
+        whole, row = _errors(restore(got), want)
+        return whole <= BOUNDS[workload.dtype] and row <= WORST_ROW * BOUNDS[workload.dtype]
 
     function, floor = workload.function(implementation), floor_seconds(workload)
     arguments = [workload.prepare(arrange(arrays), implementation) for arrays in sets]
     got, samples = timing.measure(function, arguments, floor, is_right)
-    return _relative_rms(restore(got), want), samples
+    return _errors(restore(got), want), samples
 
 
 def _compare_with_xla(results: list[Result], xla_us: float) -> None:
@@ -193,7 +241,7 @@ def _compare_with_xla(results: list[Result], xla_us: float) -> None:
         if result.us:
             result.times_faster_than_xla = ratio = xla_us / result.us
             if result.implementation != "xla":
-                print(f"{result.workload:<56} {result.implementation:<14} {ratio:9.2f} x xla")
+                print(f"{result.workload:<{NAME}} {result.implementation:<14} {ratio:9.2f} x xla")
 
 
 def first_line(error: Exception) -> str:
@@ -206,13 +254,15 @@ def write_json(path: Path | None, about: dict[str, Any], results: list[Result]) 
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [dataclasses.asdict(result) for result in results]
-        path.write_text(json.dumps({"environment": about, "results": rows}, indent=1) + "\n")
+        written = json.dumps({"environment": about, "results": rows}, indent=1, allow_nan=False)
+        path.write_text(written + "\n")
 
 
 def fill(result: Result, workload, samples: list[float]) -> None:
     """The figures that follow from `samples` of seconds a call."""
     seconds = statistics.median(samples)
     result.us, result.fastest_us = seconds * 1e6, min(samples) * 1e6
+    result.num_samples = len(samples)
     flops, num_bytes = workload.flops / seconds, workload.bytes / seconds
     result.tflop_per_s, result.gb_per_s = flops / 1e12, num_bytes / 1e9
     if jax.default_backend() == "gpu":
@@ -230,13 +280,22 @@ def _reference(workload, arrays):
     return jax.jit(workload.function("xla"))(*arguments)
 
 
-def _relative_rms(got, want) -> float:
-    """The largest RMS(got - want) / RMS(want) over the results of an op."""
+def _errors(got, want) -> tuple[float, float]:
+    """RMS(got - want) / RMS(want), the largest of an op's results: of all, and of the worst row.
+
+    A row, which is the last axis, is compared with its own RMS and that of all.
+    """
+
+    def rms(x, axis=None):
+        return jnp.sqrt(jnp.mean(x**2, axis))
+
     errors = []
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         g, w = jnp.asarray(g, jnp.float32), jnp.asarray(w, jnp.float32)
-        errors.append(float(jnp.sqrt(jnp.mean((g - w) ** 2) / jnp.mean(w**2))))
-    return float(np.max(errors))  # NaN stays NaN, and is no smaller than any bound
+        rows = rms(g - w, -1) / (rms(w, -1) + rms(w))
+        errors.append((float(rms(g - w) / rms(w)), float(jnp.max(rows))))
+    whole, row = np.max(errors, axis=0)  # NaN stays NaN, and is no smaller than any bound
+    return float(whole), float(row)
 
 
 def floor_seconds(workload) -> float:

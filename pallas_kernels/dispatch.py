@@ -19,6 +19,10 @@ class Implementation:
     why_not: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
+class CannotRun(NotImplementedError):
+    """What `select` raises, and nothing that an implementation raises while it is traced."""
+
+
 Table = Sequence[Implementation]
 
 
@@ -42,7 +46,7 @@ def select(op: str, table: Table, requested: str | None, *args, **kwargs) -> Imp
             f"{op}: unknown implementation {requested!r}; choose one of {list(NAMES)} or None"
         )
     if (reason := _why_not(op, table, requested, args, kwargs)) is not None:
-        raise NotImplementedError(f"{op}: implementation {requested!r} cannot run here: {reason}")
+        raise CannotRun(f"{op}: implementation {requested!r} cannot run here: {reason}")
     return next(one for one in table if one.name == requested)
 
 

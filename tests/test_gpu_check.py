@@ -34,6 +34,17 @@ def stand_in(tmp_path):
     return path
 
 
+BY_WORTH = [
+    "gpu tests, a case a kernel",
+    "MLA decode, first figures",
+    "flash attention, first figures",
+    "MLA decode against peers",
+    "gpu tests",
+    "flash attention against peers",
+    "grouped matmul, first figures",
+]
+
+
 def test_a_stage_that_fails_is_reported_and_the_others_run(stand_in, tmp_path):
     done = gpu_check(stand_in, tmp_path / "out")
     report = (tmp_path / "out/gpu_check.md").read_text()
@@ -43,8 +54,7 @@ def test_a_stage_that_fails_is_reported_and_the_others_run(stand_in, tmp_path):
         assert f"| {stage} | passed |" in report
     assert "ran -m pallas_kernels.bench mla_decode --smoke" in report
     stages = re.findall("^## (.*)$", report, re.MULTILINE)
-    first = stages.index("MLA decode, first figures")
-    assert stages.index("gpu tests, a case a kernel") < first < stages.index("gpu tests")
+    assert stages[1:] == sorted(stages[1:], key=BY_WORTH.index) and len(stages) == 8
     assert "-o minversion=8" in report
 
 
@@ -61,6 +71,36 @@ def test_a_group_alone(tmp_path, group, wanted, unwanted):
     report = (tmp_path / f"gpu_check_{group}.md").read_text()
     assert f"gpu_check.sh {group}` on" in report
     assert f"| {wanted}" in report and unwanted not in report
+
+
+@pytest.mark.parametrize("group", ["tests", "bench", "sanitizer"])
+def test_the_stages_of_a_group_alone_fit_into_its_time(tmp_path, group):
+    done = gpu_check(shutil.which("true"), tmp_path / "out", "--dry-run", group)
+    limits = [int(limit) for limit in re.findall(r"^ok .*\(at most (\d+) s\)", done.stdout, re.M)]
+    assert len(limits) > 1 and sum(limits) <= 530
+    assert f"at most {sum(limits)} s, and is stopped after 530 s" in done.stdout
+
+
+SLOW = """#!/bin/sh
+case "$*" in
+"-m pytest"*) exec {python} -c 'import time
+try: time.sleep(60)
+except KeyboardInterrupt: print("2 passed")';;
+esac
+"""
+
+
+def test_a_stage_without_enough_time_says_what_it_had_and_where_more_is(tmp_path):
+    """The first stage of tests is stopped as by ^C; nothing is left for those behind it."""
+    path = tmp_path / "python"
+    path.write_text(SLOW.format(python=sys.executable))
+    path.chmod(0o755)
+    done = gpu_check(path, tmp_path / "out", "--seconds", "2", "tests")
+    report = (tmp_path / "out/gpu_check_tests.md").read_text()
+    first, second = re.findall(r"^\| gpu tests.*?\| (.*?) \|", report, re.M)
+    assert re.fullmatch(r"FAILED: out of time after [12] s of 90 \(gpu_check.sh tests, .*\)", first)
+    assert re.fullmatch(r"FAILED: no time was left of 400 \(gpu_check.sh tests, .*\)", second)
+    assert "2 passed" in report and "2 s at most" in report and done.returncode == 1
 
 
 SANITIZER = """#!/bin/sh
@@ -97,9 +137,10 @@ def test_all_well_is_exit_code_0(tmp_path):
     assert gpu_check(shutil.which("true"), tmp_path / "out").returncode == 0
 
 
-def test_unknown_arguments_are_refused(tmp_path):
-    done = gpu_check(shutil.which("true"), tmp_path / "out", "--fast")
-    assert done.returncode == 2 and "--dry-run" in done.stderr
+@pytest.mark.parametrize("arguments", [["--fast"], ["--seconds"], ["--seconds", "bench"]], ids=str)
+def test_unknown_arguments_are_refused(tmp_path, arguments):
+    done = gpu_check(shutil.which("true"), tmp_path / "out", *arguments)
+    assert done.returncode == 2 and "--dry-run" in done.stderr and not (tmp_path / "out").exists()
 
 
 TWO_TESTS = """
@@ -137,9 +178,20 @@ def test_a_failure_is_printed_while_the_next_test_runs(tmp_path, workers):
     assert "1 failed, 1 passed" in rest
 
 
-@pytest.mark.slow
-def test_every_command_parses(tmp_path):
-    done = gpu_check(sys.executable, tmp_path / "out", "--dry-run")
+def test_the_first_cases_are_there(tmp_path):
+    """Of every kernel: they are named here, and parametrized elsewhere."""
+    printed = gpu_check(shutil.which("true"), tmp_path, "--dry-run", "tests").stdout
+    names = re.findall(r"tests/\S+::\S+", printed)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *names]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert len(names) == 3 and "3 tests collected" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("groups", [["bench"], pytest.param([], marks=pytest.mark.slow)], ids=str)
+def test_every_command_parses(tmp_path, groups):
+    """And names workloads and tests that are there."""
+    done = gpu_check(sys.executable, tmp_path / "out", "--dry-run", *groups)
     assert done.returncode == 0, done.stdout
     assert "BROKEN" not in done.stdout and not (tmp_path / "out").exists()
 

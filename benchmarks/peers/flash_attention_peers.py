@@ -25,9 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     bench.add_options(parser)
     options = parser.parse_args(arguments)
+    workloads = bench.workloads(parser, options, [OP])[OP]
     about, results = bench.environment(), []
     print(f"{bench.header(about)}\n\n{OP}\n{bench.COLUMNS}")
-    for workload in bench.workloads(OP, options):
+    for workload in workloads:
         ours = [one.name for one in IMPLEMENTATIONS]
         for result in bench.measure(OP, workload, ours, peers(workload)):
             results.append(result)

@@ -30,12 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     bench.add_options(parser)
     options = parser.parse_args(arguments)
+    workloads = bench.workloads(parser, options, [OP])[OP]
     if (reason := why_not()) is not None:
         print(f"{PEER}: skipped: {reason}")
         return 0
     about, rows = bench.environment(), []
     print(f"{bench.header(about)}\n\n{COLUMNS}")
-    for workload in bench.workloads(OP, options):
+    for workload in workloads:
         if workload.page_size == 64 and workload.dtype in ("bfloat16", "float16"):
             rows += compare(workload)
             bench.write_json(options.json, about, rows)

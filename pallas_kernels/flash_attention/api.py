@@ -62,7 +62,8 @@ def flash_attention(  # pyright: ignore[reportInconsistentOverload]: the overloa
       v: values, q's dtype. H may differ from K.
       causal: a query sees itself and what precedes it; T > S is refused.
       scale: multiplies the scores; None is K ** -0.5.
-      segment_ids: number of the document that a position belongs to, for packed sequences.
+      segment_ids: number of the document that a position belongs to, for packed sequences: any
+        integers of 32 bits, in any order.
       lengths: keys at positions >= lengths[b] are never seen, and may hold NaN. A query that sees
         nothing gives out = 0, lse = -inf and no gradient.
       return_lse: also return the natural log of the sum of exponentials.
@@ -115,13 +116,20 @@ def _check(q, k, v, causal, segment_ids, lengths):
     require(N % G == 0, f"{op}: {N} query heads are not a multiple of {G} key heads")
     require(not causal or T <= S, f"{op}: causal attention of {T} queries to only {S} keys")
     if segment_ids is not None:
+        require_rank(op, segment_ids=(segment_ids, 2))
         require_integer(op, segment_ids=segment_ids)
         require(
             segment_ids.shape == (B, S),
             f"{op}: segment_ids has shape {segment_ids.shape}, k asks for {(B, S)}",
         )
         require(T <= S, f"{op}: segment_ids of {S} positions cannot name {T} queries")
+        if segment_ids.dtype.itemsize > 4 and (values := host_values(segment_ids)) is not None:
+            require(  # JAX would cut off what is above, and documents could become one
+                -(2**31) <= values.min() and values.max() < 2**31,
+                f"{op}: segment_ids span {values.min()} to {values.max()}, more than 32 bits",
+            )
     if lengths is not None:
+        require_rank(op, lengths=(lengths, 1))
         require_integer(op, lengths=lengths)
         require(
             lengths.shape == (B,), f"{op}: lengths has shape {lengths.shape}, q asks for {(B,)}"

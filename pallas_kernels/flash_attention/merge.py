@@ -24,13 +24,14 @@ def merge_attention(
       lse_a: natural log of its sum of exponentials; -inf for a row without keys, whose out is not
         looked at.
       out_b: result over the other keys.
-      lse_b: as lse_a. Where both are -inf, out is 0 and lse -inf, and all gradients are 0.
+      lse_b: as lse_a. Where both are -inf, out is 0 and lse -inf, and all gradients are 0, even
+        where log or division behind it made the cotangents NaN.
 
     Returns:
       out in out_a's dtype, and lse.
 
     Raises:
-      ValueError: shapes disagree; the message names both.
+      ValueError: shapes disagree, or an lse is not float32; the message names both.
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867.
     """
@@ -43,6 +44,8 @@ def merge_attention(
             x.shape == want,
             f"merge_attention: {name} has shape {x.shape}, out_a {out_a.shape} asks for {want}",
         )
+    for name, x in (("lse_a", lse_a), ("lse_b", lse_b)):
+        require(x.dtype == jnp.float32, f"merge_attention: {name} has dtype {x.dtype}, not float32")
     return _merge(out_a, lse_a, out_b, lse_b)
 
 
@@ -60,5 +63,6 @@ def _merge(out_a, lse_a, out_b, lse_b):
         return (weight / total)[..., None] * out
 
     out = share(weight_a, lse_a, out_a) + share(weight_b, lse_b, out_b)
+    out = jnp.where(is_empty[..., None], 0, out)  # is 0 already; its cotangent may be NaN
     lse = jnp.where(is_empty, -jnp.inf, highest + jnp.log(total))
     return out.astype(out_a.dtype), lse

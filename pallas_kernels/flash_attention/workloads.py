@@ -111,32 +111,30 @@ def _sizes(S: int, **options) -> Workload:
     return Workload(B=max(1, 16384 // S), S=S, H=128, **options)
 
 
-# Gradients that are the same bits every time, beside those that need not be.
-DETERMINISTIC = [
-    _sizes(S, N=16, G=16, K=K, causal=causal, is_backward=True, deterministic=True)
-    for K in (192, 128)
-    for causal, S in ((True, 4096), (True, 16384), (False, 16384))
-]
+# One after the other for every shape: the two kinds of gradients are to be compared.
+DIRECTIONS = (
+    {"is_backward": False},
+    {"is_backward": True},
+    {"is_backward": True, "deterministic": True},
+)
 WORKLOADS = [
-    _sizes(S, N=N, G=N, K=K, causal=causal, is_backward=is_backward)
-    for is_backward in (False, True)
+    _sizes(S, N=N, G=N, K=K, causal=causal, **direction)
     for K in (192, 128)
     for N in (16, 128)
     for causal in (True, False)
     for S in (1024, 4096, 16384, 32768)
+    for direction in DIRECTIONS
+    if S in (4096, 16384) or "deterministic" not in direction
 ]
-WORKLOADS += DETERMINISTIC
 WORKLOADS += [
-    _sizes(32768, N=16, G=16, K=K, num_documents=16, is_backward=is_backward)
-    for is_backward in (False, True)
+    _sizes(32768, N=16, G=16, K=K, num_documents=16, **direction)
     for K in (192, 128)
+    for direction in DIRECTIONS
 ]
 # A chunk of a long prompt's prefill.
 WORKLOADS += [Workload(B=1, T=2048, S=32768, N=16, G=16, K=K, H=128) for K in (192, 128)]
 SMOKE = [
-    _sizes(16384, N=16, G=16, K=K, is_backward=is_backward, deterministic=deterministic)
-    for is_backward, deterministic in ((False, False), (True, False), (True, True))
-    for K in (192, 128)
+    _sizes(16384, N=16, G=16, K=K, **direction) for K in (192, 128) for direction in DIRECTIONS
 ]
 QUICK = [
     Workload(B=16, S=256, N=6, G=6, K=48, H=32, is_backward=is_backward, dtype="float32")

@@ -1,5 +1,6 @@
 """The benchmark: prints figures for what is right, and refuses to time what is wrong."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -88,11 +89,33 @@ def test_a_wrong_implementation_is_not_timed(quick, with_a_kernel, capsys):
     assert bench.main(["--quick", "grouped_matmul"]) == 1
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if "mosaic_gpu" in line]
-    assert line.endswith("WRONG: relative RMS error 1.0e-03")
+    assert "WRONG: relative RMS error 1.0e-03, " in line and line.endswith(" in the worst row")
 
 
-def test_nan_counts_as_wrong():
-    assert not bench._relative_rms(jnp.array([jnp.nan]), jnp.array([1.0])) <= 1
+def test_one_wrong_row_of_many_is_not_timed(quick, with_a_kernel, monkeypatch):
+    """Though it hardly changes the error of all."""
+
+    def wrong(*arguments, **options):
+        return api.IMPLEMENTATIONS[-1].run(*arguments, **options).at[777].multiply(1.2)
+
+    with_a_kernel(wrong)
+    workload = Workload(M=4000, E=2, K=4, N=4, dtype="bfloat16")
+    (ours,) = bench.measure("grouped_matmul", workload, ["mosaic_gpu"])
+    assert ours.relative_rms_error < bench.BOUNDS["bfloat16"] and ours.us is None
+    assert ours.is_wrong
+
+
+def test_nan_counts_as_wrong_and_is_not_written(quick, with_a_kernel, tmp_path):
+    def wrong(*arguments, **options):
+        return api.IMPLEMENTATIONS[-1].run(*arguments, **options).at[3, 1].set(jnp.nan)
+
+    with_a_kernel(wrong)
+    path = tmp_path / "figures.json"
+    assert bench.main(["--quick", "grouped_matmul", "--json", str(path)]) == 1
+    ours, xla = json.loads(path.read_text(), parse_constant=pytest.fail)["results"]
+    assert ours["note"] == "WRONG: relative RMS error nan, nan in the worst row"
+    assert ours["us"] is None and ours["worst_row_error"] is None
+    assert ours["relative_rms_error"] is None and xla["us"] > 0
 
 
 def test_an_implementation_that_cannot_run_is_skipped_with_the_reason(quick, with_a_kernel, capsys):
@@ -115,6 +138,35 @@ def test_an_implementation_that_fails_is_reported_and_the_rest_is_timed(
     assert float(line.split()[2]) > 0
 
 
+def test_a_kernel_that_does_not_lower_is_a_failure(quick, with_a_kernel):
+    """Only the dispatcher's refusal means that it was not meant to run."""
+
+    def gap(*arguments, **options):
+        raise NotImplementedError("unsupported layout")
+
+    with_a_kernel(gap)
+    (ours,) = bench.measure("grouped_matmul", workloads.QUICK[0], ["mosaic_gpu"])
+    assert ours.is_wrong and ours.note == "FAILED: NotImplementedError unsupported layout"
+
+
+def test_a_reference_that_fails_ends_its_workload_and_not_the_run(quick, monkeypatch, tmp_path):
+    small, large = (Workload(M=8, E=2, K=K, N=4, dtype="float32") for K in (4, 8))
+    monkeypatch.setattr(workloads, "QUICK", [large, small])
+    reference = bench._reference
+
+    def no_room_for_large(workload, arrays):
+        if workload is large:
+            raise RuntimeError("out of memory")
+        return reference(workload, arrays)
+
+    monkeypatch.setattr(bench, "_reference", no_room_for_large)
+    path = tmp_path / "figures.json"
+    assert bench.main(["--quick", "grouped_matmul", "--json", str(path)]) == 1
+    failed, timed = json.loads(path.read_text())["results"]
+    assert failed["note"] == "FAILED: the reference: RuntimeError out of memory"
+    assert failed["us"] is None and timed["us"] > 0
+
+
 def test_an_exception_without_words_is_named():
     assert bench.first_line(AssertionError()) == "AssertionError"
 
@@ -127,11 +179,52 @@ def test_json_holds_what_is_printed(quick, tmp_path):
     (row,) = written["results"]
     assert (row["op"], row["implementation"]) == ("grouped_matmul", "xla")
     assert row["us"] > 0 and row["relative_rms_error"] <= bench.BOUNDS["float32"]
+    assert row["num_samples"] == 1
 
 
-def test_only_chooses_workloads_by_name(quick, capsys):
-    assert bench.main(["--quick", "--only", "E3$", "grouped_matmul"]) == 0
-    assert "M8-E2" not in capsys.readouterr().out
+def test_only_chooses_workloads_by_name(quick, monkeypatch, capsys):
+    monkeypatch.setattr(
+        workloads, "QUICK", [Workload(M=8, E=E, K=4, N=4, dtype="float32") for E in (2, 3)]
+    )
+    assert bench.main(["--quick", "--only", "M.*E3-", "grouped_matmul"]) == 0
+    printed = capsys.readouterr().out
+    assert "M8-E3" in printed and "M8-E2" not in printed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [([], ["mosaic_gpu", "xla"]), (["--implementation", "xla"], ["xla"])],
+    ids=["all", "xla"],
+)
+def test_only_the_implementation_that_is_named(quick, with_a_kernel, tmp_path, wanted, found):
+    with_a_kernel(api.IMPLEMENTATIONS[-1].run)
+    path = tmp_path / "figures.json"
+    bench.main(["--quick", "grouped_matmul", "--json", str(path), *wanted])
+    assert [row["implementation"] for row in json.loads(path.read_text())["results"]] == found
+
+
+def test_list_names_what_would_run(quick, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--quick", "--list", "grouped_matmul"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"{workloads.QUICK[0].name}\n"
+
+
+def test_no_workload_of_that_name_is_refused(quick, capsys):
+    """A misspelt regex would otherwise be a run without figures that passes."""
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--quick", "--only", "E3", "grouped_matmul"])
+    assert stopped.value.code == 2
+    assert "'E3' is in no name of a workload of grouped_matmul" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", bench.OPS)
+def test_names_fit_into_their_column_and_are_unique(op):
+    names = [
+        one.name for one in importlib.import_module(f"pallas_kernels.{op}.workloads").WORKLOADS
+    ]
+    assert max(map(len, names)) <= bench.NAME
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("is_backward", [False, True], ids=["forward", "backward"])
@@ -155,21 +248,47 @@ def test_peers_are_timed_beside_ours_and_their_faults_are_not_ours(quick, is_bac
     absent, right, wrong = others
     assert absent.note == "skipped: is not installed"
     assert right.us is not None and right.relative_rms_error <= 1e-5
-    assert wrong.us is None and wrong.note == "WRONG: relative RMS error 1.0e+00"
+    assert wrong.us is None and wrong.note.startswith("WRONG: relative RMS error 1.0e+00")
     assert not any(peer.is_wrong for peer in others)
 
 
+ATTENTION = functools.partial(
+    flash_attention_workloads.Workload, B=2, S=24, N=3, G=3, K=6, H=4, dtype="float32"
+)
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_a_chunk_of_a_prefill(quick, causal):
-    """T < S: the shapes, and the work of the pairs that are seen (half of one on the border)."""
-    workload = flash_attention_workloads.Workload(
-        B=2, T=8, S=24, N=3, G=3, K=6, H=4, causal=causal, dtype="float32"
-    )
-    assert "B2-T8-S24-" in workload.name
-    position, key = 16 + np.arange(8)[:, None], np.arange(24)
-    pairs = np.sum((key < position) + (key == position) / 2) if causal else 8 * 24
-    assert workload.flops == 2 * 2 * 3 * pairs * (6 + 4)
-    out = 2 * 8 * 3 * 4
-    assert workload.bytes == 4 * (2 * 3 * (8 * 6 + 24 * 6 + 24 * 4) + out)
-    (xla,) = bench.measure("flash_attention", workload, ["xla"])
-    assert xla.us is not None
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_backward": True}, {"num_documents": 4}, {"T": 8}],
+    ids=["forward", "backward", "packed", "chunk"],
+)
+def test_work_of_attention_is_that_of_the_pairs_that_are_seen(options, causal):
+    """Counted one by one; of those on a causal border, half. And the chunk runs with its shapes."""
+    workload = ATTENTION(causal=causal, **options)
+    T, S = options.get("T", 24), 24
+    p, s = S - T + np.arange(T)[:, None], np.arange(S)[None]
+    document = np.repeat(np.arange(len(sizes := workload.document_lengths())), sizes)
+    assert len(sizes) == options.get("num_documents", 1)
+    pairs = np.where(s < p, 1, np.where(s == p, 0.5, 0)) if causal else np.ones((T, S))
+    pairs = np.sum(pairs * (document[p] == document[s]))
+    # q @ k.T, p @ v; and again q @ k.T, dout @ v.T, p.T @ dout, ds @ k, ds.T @ q
+    widths = [6, 4, 4, 6, 6] if workload.is_backward else [6, 4]
+    assert workload.flops == 2 * 2 * 3 * pairs * sum(widths)
+    q, k, v, out = T * 6, S * 6, S * 4, T * 4
+    moved = [q, k, v, out, out, q, k, v] if workload.is_backward else [q, k, v, out]
+    assert workload.bytes == 4 * 2 * 3 * sum(moved)
+
+
+def test_a_chunk_of_a_prefill_is_timed(quick):
+    (xla,) = bench.measure("flash_attention", ATTENTION(T=8), ["xla"])
+    assert "B2-T8-S24-" in xla.workload and xla.us is not None
+
+
+@pytest.mark.parametrize("name", ["WORKLOADS", "SMOKE"])
+def test_the_two_kinds_of_gradients_stand_side_by_side(name):
+    every = getattr(flash_attention_workloads, name)
+    found = [i for i, one in enumerate(every) if one.deterministic]
+    assert len(found) >= 2
+    for i in found:
+        assert every[i - 1] == dataclasses.replace(every[i], deterministic=False)

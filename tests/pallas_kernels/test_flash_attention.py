@@ -81,6 +81,13 @@ def naive(q, k, v, seen, scale):
     return out, jnp.moveaxis(jnp.where(seen.any(-1), lse, -jnp.inf), 1, 2)
 
 
+# Ids of documents: in one piece each, or spread over the sequence.
+IDS = {
+    "sorted": lambda rng, shape: np.sort(rng.integers(0, 3, shape), axis=1),
+    "spread": lambda rng, shape: rng.choice([-(2**31), -7, 0, 900, 2**31 - 1], shape),
+    "each-its-own": lambda rng, shape: np.broadcast_to(np.arange(shape[1]), shape),
+}
+
 # B, T, S, N, G, K, H, what masks, blocks
 CASES = {
     "mha": (2, 40, 40, 4, 4, 24, 16, {}, None),
@@ -89,18 +96,27 @@ CASES = {
     "full-T>S": (1, 70, 33, 2, 2, 8, 8, {"causal": False}, MANY_BLOCKS),
     "one-query": (3, 1, 50, 4, 2, 8, 8, {"lengths": True}, None),
     "lengths-full": (3, 20, 90, 2, 1, 8, 4, {"lengths": True, "causal": False}, MANY_BLOCKS),
-    "all-masks": (3, 45, 80, 4, 2, 8, 6, {"segment_ids": True, "lengths": True}, MANY_BLOCKS),
-}
+    "all-masks": (3, 45, 80, 4, 2, 8, 6, {"segment_ids": "sorted", "lengths": True}, MANY_BLOCKS),
+    "spread-ids": (2, 70, 70, 2, 1, 8, 12, {"segment_ids": "spread"}, MANY_BLOCKS),
+    "spread-ids-lengths-full": (
+        3, 35, 70, 2, 1, 8, 8, {"segment_ids": "spread", "lengths": True, "causal": False},
+        MANY_BLOCKS,
+    ),
+    "each-its-own-id": (1, 40, 40, 2, 1, 4, 4, {"segment_ids": "each-its-own"}, MANY_BLOCKS),
+    "one-query-ids": (2, 1, 67, 4, 1, 8, 4, {"segment_ids": "spread"}, MANY_BLOCKS),
+    "one-key": (2, 1, 1, 4, 1, 8, 4, {}, None),
+    "columns-of-1": (2, 33, 40, 2, 1, 1, 1, {}, MANY_BLOCKS),
+}  # fmt: skip
 
 
 def case(rng, name):
-    """Arrays, options and the visible keys of a case; the lengths include 0, 1 and S."""
+    """Arrays, options and the visible keys of a case; the lengths include 0 and S."""
     B, T, S, N, G, K, H, masks, block_scores = CASES[name]
     options = dict(masks)
     if options.get("lengths"):
         options["lengths"] = np.array([S, 0, min(S // 2 + 1, S)][:B])
     if options.get("segment_ids"):
-        options["segment_ids"] = np.sort(rng.integers(0, 3, (B, S)), axis=1)
+        options["segment_ids"] = IDS[options["segment_ids"]](rng, (B, S))
     seen = visible(B, T, S, **options)
     return inputs(rng, B, T, S, N, G, K, H), options | {"block_scores": block_scores}, seen
 
@@ -115,7 +131,29 @@ def test_equals_slow_loop(rng, name):
     assert_close(lse, want_lse)
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa-T<S-blocks", "all-masks"])
+@pytest.mark.parametrize("scale", [0.0, -0.5], ids=str)
+def test_scales_that_are_not_positive(rng, scale):
+    """0 weighs all alike; below it the smallest score is seen most."""
+    arrays = inputs(rng, 1, 33, 40, 2, 1, 4, 4)
+    got = in_blocks(*arrays, scale=scale, return_lse=True, block_scores=MANY_BLOCKS)
+    for one, want in zip(got, slow(*arrays, visible(1, 33, 40), scale), strict=True):
+        assert_close(one, want)
+
+
+def test_scores_beyond_the_range_of_float16(rng):
+    """Of 1e5 and more: they and their maximum are float32."""
+    q, k, v = inputs(rng, 1, 40, 40, 2, 1, 64, 8, "float16")
+    q, k = 100 * q, 100 * k
+    out, lse = in_blocks(q, k, v, scale=1.0, return_lse=True, block_scores=MANY_BLOCKS)
+    want_out, want_lse = slow(q, k, v, visible(1, 40, 40), 1.0)
+    assert np.isfinite(want_lse).all() and np.abs(want_lse).max() > 1e5
+    assert_close(out, want_out)
+    assert_close(lse, want_lse)
+
+
+@pytest.mark.parametrize(
+    "name", ["mha", "gqa-T<S-blocks", "all-masks", "spread-ids-lengths-full", "one-query-ids"]
+)
 def test_gradients_equal_autodiff_of_naive(rng, name):
     """Through out and through lse at once."""
     arrays, options, seen = case(rng, name)
@@ -162,7 +200,9 @@ def test_rows_that_see_nothing_are_zero_and_have_no_gradient(rng):
 
     def loss(q, k, v):
         out, lse = flash_attention(q, k, v, lengths=lengths, return_lse=True)
-        return jnp.sum(out) + jnp.sum(lse * lse)  # the cotangent of an empty row's lse is -inf
+        norm = jnp.sqrt(jnp.sum(out**2, -1, keepdims=True))
+        # The cotangents of an empty row are NaN, and -inf for its lse.
+        return jnp.sum(out / norm) + jnp.sum(lse * lse)
 
     for gradient in jax.grad(loss, (0, 1, 2))(q, k, v):
         assert (gradient[0] == 0).all()
@@ -319,6 +359,15 @@ Q, K, V = (2, 4, 4, 8), (2, 6, 2, 8), (2, 6, 2, 5)
             r"segment_ids has shape \(2, 4\).*\(2, 6\)",
         ),
         (Q, K, V, {"segment_ids": np.zeros((2, 6))}, "segment_ids has dtype float64"),
+        (
+            Q,
+            K,
+            V,
+            {"segment_ids": np.array([[0, 2**32] * 3] * 2)},
+            "span 0 to 4294967296, more than 32 bits",
+        ),
+        (Q, K, V, {"segment_ids": [[0] * 6] * 2}, "segment_ids must be an array, got list"),
+        (Q, K, V, {"lengths": [1, 2]}, "lengths must be an array, got list"),
         (Q, K, V, {"lengths": np.array([1, 2, 3])}, r"lengths has shape \(3,\).*\(2,\)"),
         (Q, K, V, {"lengths": np.array([1, 7])}, "lengths span 1 to 7, allowed are 0 to 6"),
         (Q, K, V, {"lengths": np.array([-1, 6])}, "lengths span -1 to 6"),

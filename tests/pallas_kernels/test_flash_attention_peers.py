@@ -13,6 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 from kernel_tools.aot import lower_for_cuda
 
 from pallas_kernels import bench, flash_attention, timing
+from pallas_kernels.flash_attention import workloads
 from pallas_kernels.flash_attention.workloads import WORKLOADS, Workload
 
 PATH = Path(__file__).parents[2] / "benchmarks/peers/flash_attention_peers.py"
@@ -77,6 +78,29 @@ def test_packed_documents_are_compared(monkeypatch, name, K, is_backward, causal
     right, wrong = bench.measure("flash_attention", workload, [], both)
     assert right.us is not None and right.note == ""
     assert wrong.us is None and wrong.note.startswith("WRONG")
+
+
+def test_peers_that_fail_or_are_absent_leave_the_other_figures(monkeypatch, tmp_path):
+    def breaks(workload):
+        def run(q, k, v):
+            raise RuntimeError("out of luck")
+
+        return run
+
+    def absent(workload):
+        raise NotImplementedError("is not installed")
+
+    one = Workload(B=1, S=8, N=2, G=2, K=4, H=4, is_backward=True, dtype="float32")
+    monkeypatch.setattr(workloads, "QUICK", [one])
+    monkeypatch.setattr(peers, "peers", lambda workload: {"broken": breaks, "absent": absent})
+    path = tmp_path / "figures.json"
+    assert peers.main(["--quick", "--json", str(path)]) == 0
+    rows = {row.pop("implementation"): row for row in json.loads(path.read_text())["results"]}
+    assert list(rows) == ["mosaic_gpu", "broken", "absent", "xla"]
+    assert rows["mosaic_gpu"]["note"].startswith("skipped: flash_attention: implementation")
+    assert rows["broken"]["note"] == "FAILED: RuntimeError out of luck"
+    assert rows["absent"]["note"] == "skipped: is not installed"
+    assert rows["xla"]["us"] > 0 and rows["xla"]["note"] == ""
 
 
 def test_rows_hold_a_document_each(rng):

@@ -323,8 +323,10 @@ def test_compiles_for_sm90a(on_hopper, name):
 @pytest.mark.parametrize("C", [64, 192, 320, 448])
 def test_rows_that_do_not_fill_a_warpgroup_compile_for_sm90a(on_hopper, C):
     run, shapes = program(C=C)
-    (main,) = (k for k in compile_sm90a(run, *shapes).kernels if k.name == "mla_decode")
-    main.check()
+    kernels = compile_sm90a(run, *shapes).kernels
+    assert [kernel.name for kernel in kernels] == ["mla_decode"]  # and none that merges
+    assert kernels[0].instructions.of("HGMMA") > 0
+    kernels[0].check()
 
 
 @pytest.mark.kernel_aot

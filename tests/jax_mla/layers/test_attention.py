@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from numerics import assert_close, normal
+from numerics import assert_close, normal, poison
 
 import jax_mla
 
@@ -54,6 +54,22 @@ def test_whole_sequence_and_cached_steps(kv_heads, rng):
         parts.append(y)
     assert_close(jnp.concatenate(parts, axis=1), want, "float32")
     assert cache.lengths.tolist() == [11, 11]
+
+
+def test_a_chunk_over_ragged_caches(rng):
+    """Five cached tokens and two; what holds no token holds NaN."""
+    gqa = layer(2)
+    x = normal(rng, (2, 11, D))
+    want = written_out(gqa, x, 2)
+    _, cache = gqa.extend(x[:, :5], jax_mla.KeyValueCache.empty(2, 11, 2, K))
+    lengths = np.array([5, 2])
+    is_free = np.arange(11) >= lengths[:, None]
+    keys, values = poison(cache.keys, is_free), poison(cache.values, is_free)
+    cache = jax_mla.KeyValueCache(keys, values, jnp.asarray(lengths))
+    chunk = jnp.stack([x[0, 5:11], x[1, 2:8]])
+    got, cache = gqa.extend(chunk, cache)
+    assert_close(got, np.stack([want[0, 5:11], want[1, 2:8]]), "float32")
+    assert cache.lengths.tolist() == [11, 8]
 
 
 @pytest.mark.parametrize(

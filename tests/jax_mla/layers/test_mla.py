@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from kernel_tools.aot import lower_for_cuda
 from numerics import assert_close, normal
 
 import jax_mla
 from jax_mla.cache import advance
 from jax_mla.layers import latent_attention
 from jax_mla.layers.mla import choose_form
+from pallas_kernels import hardware
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.2)
 VARIANTS = {
@@ -140,25 +142,68 @@ def test_merging_many_blocks_of_context_does_not_add_rounding(monkeypatch, rng):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     mla = layer(config)
     x = normal(rng, (1, 260, CONFIG.hidden_size), "bfloat16")
-    errors = []
-    for block in (8, 256):
-        monkeypatch.setattr(latent_attention, "CONTEXT_BLOCK", block)
-        cache = jax_mla.LatentCache.empty(
-            dataclasses.replace(config, num_hidden_layers=1), 1, 264, page_size=8
-        )
-        new = jnp.asarray([256])
+    want = np.asarray(mla(x, form="expanded")[:, 256:], np.float32)
+    new, last = jnp.asarray([256]), jnp.asarray([4])
+
+    def in_two_chunks(x, cache):
         tables = mla._tables(x)
         first, second = (tuple(t[:, s] for t in tables) for s in (slice(256), slice(256, 260)))
         options = {"has_context": False, "form": "expanded"}
         _, cache = mla.prefill(x[:, :256], cache, 0, first, num_new=new, **options)
         cache = advance(cache, new)
-        got, _ = mla.prefill(
-            x[:, 256:], cache, 0, second, num_new=jnp.asarray([4]), form="expanded"
-        )
-        want = np.asarray(mla(x, form="expanded")[:, 256:], np.float32)
-        got = np.asarray(got, np.float32)
+        return mla.prefill(x[:, 256:], cache, 0, second, num_new=last, form="expanded")[0]
+
+    cache = jax_mla.LatentCache.empty(
+        dataclasses.replace(config, num_hidden_layers=1), 1, 264, page_size=8
+    )
+    errors = []
+    for block in (8, 256):
+        monkeypatch.setattr(latent_attention, "CONTEXT_BLOCK", block)
+        got = np.asarray(jax.jit(lambda *x: in_two_chunks(*x))(x, cache), np.float32)
         errors.append(np.sqrt(((got - want) ** 2).mean() / (want**2).mean()))
     assert errors[0] < 1.5 * errors[1] + 1e-3
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_ragged_chunks_over_a_cache_of_many_blocks_equal_the_equations(form, monkeypatch, rng):
+    """Expanded, the cache is attended in blocks of 8 tokens, and all of it merged by lse."""
+    monkeypatch.setattr(latent_attention, "CONTEXT_BLOCK", 8)
+    mla = layer(CONFIG)
+    x = normal(rng, (3, 41, CONFIG.hidden_size))
+    want, tables = written_out(mla, x), mla._tables(x)
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
+    cache = jax_mla.LatentCache.empty(config, 3, 48, page_size=8)
+
+    @jax.jit
+    def prefill(x, cache, tables, num_new):
+        out, cache = mla.prefill(x, cache, 0, tables, num_new=num_new, form=form)
+        return out, advance(cache, num_new)
+
+    row, done = np.arange(3)[:, None], np.zeros(3, int)
+    for new in (np.array([20, 0, 3]), np.array([7, 13, 9]), np.array([14, 1, 0])):
+        at = np.minimum(done[:, None] + np.arange(20), 40)
+        got, cache = prefill(x[row, at], cache, tuple(t[row, at] for t in tables), jnp.asarray(new))
+        is_new = np.arange(20) < new[:, None]
+        assert_close(got[is_new], want[row, at][is_new], "float32")
+        done += new
+
+
+def test_expanded_prefill_over_a_cache_is_two_calls_of_the_kernel(monkeypatch):
+    """Of the new tokens, and of a block of the cache in a loop."""
+    monkeypatch.setattr(hardware, "missing_gpu", lambda *_: None)
+    sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+    config = dataclasses.replace(
+        CONFIG, **sizes, v_head_dim=128, dtype="bfloat16", num_hidden_layers=1
+    )
+    mla = jax_mla.MLA(config, rngs=nnx.Rngs(0))
+
+    def prefill(x, cache, num_new):
+        return mla.prefill(x, cache, 0, mla._tables(x), num_new=num_new, form="expanded")
+
+    cache = jax.eval_shape(lambda: jax_mla.LatentCache.empty(config, 2, 1024))
+    x = jax.ShapeDtypeStruct((2, 200, CONFIG.hidden_size), "bfloat16")
+    text = lower_for_cuda(prefill, x, cache, jax.ShapeDtypeStruct((2,), "int32"))
+    assert "flash_attention_forward" in text and text.count("mosaic_gpu_v2") == 2
 
 
 def test_segments_do_not_see_each_other(rng):

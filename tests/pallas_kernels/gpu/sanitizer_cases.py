@@ -6,6 +6,7 @@ export PYTHONPATH=.:tests
 compute-sanitizer --tool racecheck python tests/pallas_kernels/gpu/sanitizer_cases.py
 """
 
+import dataclasses
 import functools
 import sys
 
@@ -31,15 +32,17 @@ DECODE_CASES = [
     (DECODE(2, 2, 16, C=256, R=32), LONG),
     (DECODE(1, 4, 128), Data(500, is_ragged=False)),
 ]
+ATTENTION = functools.partial(flash_attention_matrix.Case, K=64, H=64)
 ATTENTION_CASES = [
-    flash_attention_matrix.Case(300, K=192, H=128),
-    flash_attention_matrix.Case(300, N=4, G=2, causal=False, is_ragged=True),
-    flash_attention_matrix.Case(400, num_documents=3, K=64, H=64),
-    *(  # as many tiles of keys as there are multiprocessors: all gradients in one kernel
-        flash_attention_matrix.Case(130, B=66, N=1, G=1, K=K, H=H)
-        for K, H in ((64, 64), (192, 128))
-    ),
-]
+    dataclasses.replace(case, deterministic=deterministic)
+    for case in (
+        ATTENTION(300, K=192, H=128),
+        ATTENTION(300, N=4, G=2, K=128, H=128, causal=False, is_ragged=True),
+        ATTENTION(400, num_documents=3),
+        ATTENTION(130, B=70, N=1, G=1),  # more tiles than an H200 has multiprocessors
+    )
+    for deterministic in (False, True)  # gradients in one kernel, and in two
+] + [ATTENTION(130, K=256, H=256)]
 
 
 def decode(arrays, case):
