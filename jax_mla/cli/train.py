@@ -94,11 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
     from jax_mla.training import Checkpoints, TokenRows, read_tokens, train
 
-    recipe, schedule = _recipe(args), _schedule(args, mesh)
-    if args.model is None:
-        params, config = None, _config(args.config)
-    else:
-        params, config = _load(args.model, recipe, mesh, rules, schedule)
+    recipe, schedule, config = _recipe(args), _schedule(args, mesh), _config(args)
     tokenizer = _tokenizer(args, config)
     data = TokenRows(
         [read_tokens(path, config, tokenizer) for path in args.data],
@@ -119,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
             recipe,
             data,
             seed=args.seed,
-            params=params,
+            params=_loader(args.model, mesh),
             mesh=mesh,
             rules=rules,
             pipeline_schedule=schedule,
@@ -208,15 +204,13 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
     )
 
 
-def _load(folder: Path, recipe: "Recipe", mesh: Any, rules: Any, schedule: Any) -> Any:
-    """The parameters of a checkpoint, where a run's first state will be, and its config."""
+def _loader(folder: Path | None, mesh: Any) -> Any:
+    """What reads the weights of --model, for a run that begins; None without it."""
+    if folder is None:
+        return None
     import jax_mla
-    from jax_mla.checkpoint.folder import read_config
-    from jax_mla.training.steps import steps_on
 
-    config = DeepSeekConfig.from_hf(read_config(folder))
-    placed = steps_on(config, recipe, mesh, rules, schedule).joined_rules
-    return jax_mla.load(folder, mesh=mesh, rules=placed)
+    return lambda rules: jax_mla.load(folder, mesh=mesh, rules=rules)[0]
 
 
 def _schedule(args: argparse.Namespace, mesh: Any) -> Any:
@@ -230,14 +224,16 @@ def _schedule(args: argparse.Namespace, mesh: Any) -> Any:
     return {"1f1b": pipeline.one_f_one_b, "gpipe": pipeline.gpipe}[args.pipeline]
 
 
-def _config(name: str) -> DeepSeekConfig:
-    from jax_mla.checkpoint.folder import read_json
+def _config(args: argparse.Namespace) -> DeepSeekConfig:
+    from jax_mla.checkpoint.folder import read_config, read_json
 
-    if name == "tiny":
+    if args.model is not None:
+        return DeepSeekConfig.from_hf(read_config(args.model))
+    if args.config == "tiny":
         return tiny()
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"--config takes a config.json or `tiny`, and {name} is no file")
-    return DeepSeekConfig.from_hf(read_json(Path(name)))
+    if not (file := Path(args.config)).is_file():
+        raise FileNotFoundError(f"--config takes a config.json or `tiny`, and {file} is no file")
+    return DeepSeekConfig.from_hf(read_json(file))
 
 
 def _tokenizer(args: argparse.Namespace, config: DeepSeekConfig) -> Any:

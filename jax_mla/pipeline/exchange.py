@@ -17,6 +17,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_mla.functional import Params
+
 if TYPE_CHECKING:
     from jax_mla.pipeline.stages import Pipeline
 
@@ -41,8 +43,24 @@ def move(
     return passed_on(x, like, pipeline, source, target, spec)
 
 
+def with_first_embedding(
+    parts: Sequence[Params | None], pipeline: Pipeline, spec: PartitionSpec
+) -> list[Params | None]:
+    """Parts of every stage, in which the last one's copy of a tied embedding is the first one's.
+
+    Args:
+      parts: parameters or gradients; None where this process has none of them.
+      spec: how the embedding is laid out, in both stages.
+    """
+    (first, *between, last), end = parts, pipeline.num_stages - 1
+    of_first, of_last = (None if part is None else part["embed_tokens"] for part in (first, last))
+    like = of_last if of_first is None else of_first
+    copy = move(of_first, like, pipeline, 0, end, spec)
+    return [first, *between, None if last is None else last | {"embed_tokens": copy}]
+
+
 def settled(x: Any, pipeline: Pipeline) -> Any:
-    """x, on CPUs of several processes once it is computed.
+    """x, on CPUs of several processes once it is computed; for every program with collectives.
 
     CPUs have no streams: of two programs that wait for other devices, each could hold threads that
     the other needs to go on.
@@ -119,7 +137,7 @@ def _stacked(x, like, pipeline, source: int, stages: Sequence[int], spec, mesh: 
 
 def sharding_of(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     """Of arrays laid out by `spec` in every stage, put together along the first axis."""
-    first, *others = spec or (None,)
+    first, *others = spec or (None,)  # an empty spec splits nothing
     names = () if first is None else (first,) if isinstance(first, str) else first
     return NamedSharding(mesh, PartitionSpec(("stage", *names), *others))
 

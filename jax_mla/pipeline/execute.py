@@ -7,7 +7,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax_mla import inputs
 from jax_mla.functional import Params, check_params
 from jax_mla.pipeline import exchange, programs
-from jax_mla.pipeline.schedule import Schedule, one_f_one_b
+from jax_mla.pipeline.schedule import Schedule, ScheduleMaker, one_f_one_b
 from jax_mla.pipeline.stages import Pipeline
 from jax_mla.pipeline.timeline import Timeline, simulate
 from jax_mla.training.loss import LossSums, NextTokenLoss, counted
@@ -80,7 +80,7 @@ def loss_and_gradients(
     batch: Batch,
     *,
     recipe: Recipe,
-    schedule: Callable[[int, int], Schedule] = one_f_one_b,
+    schedule: ScheduleMaker = one_f_one_b,
     loss_scales: Sequence[Any] | None = None,
     measure: bool = False,
 ) -> PipelinedGradients:
@@ -108,7 +108,7 @@ def loss_and_gradients(
     Cost: two forward passes and one backward pass of every micro-batch, of which a bubble comes on
     top; between two stages B * T * D numbers go there and as many back.
     """
-    tokens, _ = inputs.check_batch(
+    tokens, ids = inputs.check_batch(
         batch.tokens, pipeline.config, batch.segment_ids, batch.loss_mask
     )
     num_rows, num_parts = tokens.shape[0], recipe.num_micro_batches
@@ -124,7 +124,7 @@ def loss_and_gradients(
             f"measure=True needs all stages in one process, {jax.process_count()} have a part"
         )
     _check_params(params, pipeline)
-    batch = jax.tree.map(np.asarray, batch)
+    batch = jax.tree.map(np.asarray, Batch(tokens, ids, batch.loss_mask))
     num_tokens = np.asarray(counted(batch.tokens, batch.segment_ids, batch.loss_mask).sum())
     scales = [np.float32(1)] * plan.num_stages if loss_scales is None else loss_scales
     run = _Run(params, pipeline, batch, recipe, scales, num_tokens, measure)
@@ -276,17 +276,13 @@ class _Run:
 
 def _tied(gradients: list[Params | None], pipeline: Pipeline) -> list[Params | None]:
     """Both copies of a tied embedding get the gradients of both."""
-    if pipeline.num_stages == 1 or not pipeline.config.tie_word_embeddings:
+    if not pipeline.has_two_embeddings:
         return gradients
-    (first, *between, last), end = gradients, pipeline.num_stages - 1
+    first, *others = gradients
     name, spec = "embed_tokens", pipeline.rules.gradients().spec(("vocab", "embed"))
-    of_first, of_last = (None if part is None else part[name] for part in (first, last))
+    of_first, of_last = (None if part is None else part[name] for part in (first, others[-1]))
     like = of_last if of_first is None else of_first
-    given = exchange.move(of_last, like, pipeline, end, 0, spec)
-    total = None if of_first is None else of_first + given
-    given = exchange.move(total, like, pipeline, 0, end, spec)
-    return [
-        None if first is None else first | {name: total},
-        *between,
-        None if last is None else last | {name: given},
-    ]
+    given = exchange.move(of_last, like, pipeline, pipeline.num_stages - 1, 0, spec)
+    if first is not None:
+        first = first | {name: first[name] + given}
+    return exchange.with_first_embedding([first, *others], pipeline, spec)

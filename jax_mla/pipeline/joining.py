@@ -45,7 +45,10 @@ def split(tree: Any, pipeline: Pipeline, *, inside: Any, joined: Any) -> tuple[A
     """
     placed = jax.tree.leaves(inside)
     parts: list[Any] = []
-    leaves = jax.tree.leaves(jax.device_put(tree, joined))
+    leaves = [
+        exchange.settled(jax.device_put(x, sharding), pipeline)
+        for x, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(joined), strict=True)
+    ]
     for stage in range(pipeline.num_stages):
 
         def cut(piece: Piece, stage=stage) -> Array | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from jax_mla.config import DeepSeekConfig
@@ -18,7 +17,7 @@ from jax_mla.sharding import constrain_tokens, placement_of
 from jax_mla.training.loss import LossSums, NextTokenLoss, counted, loss_sums
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.state import TrainState, state_shardings
-from jax_mla.training.step import Batch, all_finite, objective, updated
+from jax_mla.training.step import Batch, all_finite, objective, square_sum, updated
 
 _STATIC = ("pipeline", "stage", "recipe")
 _of_stage = functools.partial(jax.jit, static_argnames=_STATIC)
@@ -32,8 +31,12 @@ def forward(
 
     Args:
       x: the hidden states of a micro-batch; None in the first stage.
+
+    Returns:
+      Sums on every device of the stage, so that what is made of them needs no collectives.
     """
-    return _forward(params, x, batch, pipeline, stage, recipe)
+    x, sums = _forward(params, x, batch, pipeline, stage, recipe)
+    return x, jax.lax.with_sharding_constraint(sums, pipeline.sharding(stage))
 
 
 def _forward(params, x, batch, pipeline, stage, recipe):
@@ -81,6 +84,8 @@ def backward(
     _, pull_back = jax.vjp(run, params, x)
     of_params, of_x = pull_back((output_gradient, jnp.ones(())))
     added = jax.tree.map(lambda total, g: total + g.astype(total.dtype), gradients, of_params)
+    if of_x is not None:  # as the stage before laid x out
+        of_x = constrain_tokens(of_x, placement_of(params, pipeline.rules))
     return jax.lax.with_sharding_constraint(added, _gradient_shardings(pipeline, stage)), of_x
 
 
@@ -98,12 +103,12 @@ def _gradient_shardings(pipeline: Pipeline, stage: int):
 @jax.jit
 def unscaled(gradients: Params, params: Params, loss_scale: Array) -> Params:
     """Gradients of the loss itself, in the dtypes of the weights."""
-    return jax.tree.map(lambda g, p: g.astype(p.dtype) / loss_scale, gradients, params)
+    return jax.tree.map(lambda g, p: (g / loss_scale).astype(p.dtype), gradients, params)
 
 
 @jax.jit
 def square_sum_and_finiteness(gradients: Params) -> tuple[Array, Array]:
-    return optax.tree.norm(gradients, squared=True), all_finite(gradients)
+    return square_sum(gradients), all_finite(gradients)
 
 
 @functools.partial(jax.jit, static_argnames="is_scaled")
@@ -170,7 +175,8 @@ def update(
         # Optax's own formula. The optimizer clips too, by the norm of this stage alone, which is no
         # larger and leaves it nothing to do.
         gradients = jax.tree.map(
-            lambda g: jnp.where(grad_norm < limit, g, g / grad_norm * limit), gradients
+            lambda g: jnp.where(grad_norm < limit, g, g / grad_norm.astype(g.dtype) * limit),
+            gradients,
         )
     new_state = updated(state, gradients, load, recipe, is_finite)
     return jax.lax.with_sharding_constraint(new_state, stage_shardings(pipeline, stage, recipe))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from jax_mla.checks import check_positive
@@ -84,6 +85,9 @@ class Schedule:
             held += 1 if op.kind == "forward" else -1
             most = max(most, held)
         return most
+
+
+ScheduleMaker = Callable[[int, int], Schedule]  # of the numbers of stages and micro-batches
 
 
 def gpipe(num_stages: int, num_micro_batches: int) -> Schedule:

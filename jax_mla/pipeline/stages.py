@@ -91,6 +91,11 @@ class Pipeline:
     def num_stages(self) -> int:
         return self.mesh.shape["stage"]
 
+    @property
+    def has_two_embeddings(self) -> bool:
+        """Whether the first and the last stage have a copy each of a tied embedding."""
+        return self.num_stages > 1 and self.config.tie_word_embeddings
+
     @functools.cached_property
     def layers(self) -> tuple[tuple[int, int], ...]:
         """The first layer of every stage, and the one after its last."""
@@ -132,8 +137,9 @@ class Pipeline:
     def joined_rules(self) -> ShardingRules:
         """Where parameters and state of the whole model lie while no stage computes.
 
-        As the rules say, and over the stages too if these divide the hidden size and the latents;
-        else every stage then holds a copy.
+        Over the stages too, by the axes `embed` and `latent`, if together with the devices that
+        split those anyway the stages divide hidden_size, kv_lora_rank and q_lora_rank. If they do
+        not divide one of these, the rules alone: every stage then holds a copy of everything.
         """
         rules = _also_over_stages(self.rules)
         try:

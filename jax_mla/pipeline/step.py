@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax import Array
@@ -11,7 +11,7 @@ from jax import Array
 from jax_mla.functional import Params
 from jax_mla.pipeline import exchange, joining, programs
 from jax_mla.pipeline.execute import loss_and_gradients
-from jax_mla.pipeline.schedule import Schedule, one_f_one_b
+from jax_mla.pipeline.schedule import ScheduleMaker, one_f_one_b
 from jax_mla.pipeline.stages import Pipeline
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.state import TrainState, abstract_state, state_shardings
@@ -49,7 +49,7 @@ def pipeline_train_step(
     batch: Batch,
     *,
     recipe: Recipe,
-    schedule: Callable[[int, int], Schedule] = one_f_one_b,
+    schedule: ScheduleMaker = one_f_one_b,
 ) -> tuple[States, StepMetrics]:
     """`train_step` for a model in stages: the same numbers but for rounding. Not jitted itself.
 
@@ -102,23 +102,23 @@ def norm_and_finiteness(
       is_scaled: of float16; others count as finite, as in `train_step`.
     """
     *others, last = gradients
-    if pipeline.config.tie_word_embeddings and others and last is not None:
+    if pipeline.has_two_embeddings and last is not None:
         # The copy of the embedding counts once.
         gradients = [*others, {k: v for k, v in last.items() if k != "embed_tokens"}]
-    seen = [part and programs.square_sum_and_finiteness(part) for part in gradients]
+    seen = [
+        part and exchange.settled(programs.square_sum_and_finiteness(part), pipeline)
+        for part in gradients
+    ]
     squares, finite = exchange.everywhere(seen, pipeline)
     return programs.norm_of(squares, finite, is_scaled=is_scaled)
 
 
 def _tied(states: list[TrainState | None], pipeline: Pipeline) -> States:
     """The last stage's copy of a tied embedding is the first stage's, to the bit."""
-    if pipeline.num_stages == 1 or not pipeline.config.tie_word_embeddings:
+    if not pipeline.has_two_embeddings:
         return tuple(states)
-    (first, *between, last), end = states, pipeline.num_stages - 1
-    name, spec = "embed_tokens", pipeline.rules.spec(("vocab", "embed"))
-    of_first, of_last = (None if part is None else part.params[name] for part in (first, last))
-    like = of_last if of_first is None else of_first
-    copy = exchange.move(of_first, like, pipeline, 0, end, spec)
-    if last is not None:
-        last = dataclasses.replace(last, params=last.params | {name: copy})
-    return (first, *between, last)
+    spec = pipeline.rules.spec(("vocab", "embed"))
+    parts = [None if state is None else state.params for state in states]
+    *_, params = exchange.with_first_embedding(parts, pipeline, spec)
+    *others, last = states
+    return (*others, None if last is None else dataclasses.replace(last, params=params))

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
-from jax_mla.pipeline.schedule import Schedule, one_f_one_b
+from jax.sharding import Mesh
+
+from jax_mla.pipeline.schedule import ScheduleMaker, one_f_one_b
 from jax_mla.pipeline.stages import Pipeline
 from jax_mla.pipeline.step import States, join_state, pipeline_train_step, split_state
 from jax_mla.sharding import ShardingRules
-from jax_mla.training.data import TokenRows
 from jax_mla.training.state import TrainState
-from jax_mla.training.step import Batch, StepMetrics, check_rows
+from jax_mla.training.step import Batch, StepMetrics
 from jax_mla.training.steps import Steps
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSteps(Steps):
-    """Steps of `pipeline_train_step`, by a schedule; None takes `one_f_one_b`."""
+    """Steps of `pipeline_train_step`, by a schedule; None takes `one_f_one_b`.
 
-    schedule: Callable[[int, int], Schedule] | None = None
+    Raises:
+      ValueError: as `Pipeline`.
+    """
+
+    schedule: ScheduleMaker | None = None
+
+    def __post_init__(self) -> None:
+        self.pipeline  # noqa: B018 - raises where the stages cannot be made
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
@@ -28,12 +35,12 @@ class PipelineSteps(Steps):
         return Pipeline(self.config, self.mesh, self.rules or ShardingRules())
 
     @property
+    def row_mesh(self) -> Mesh:
+        return self.pipeline.meshes[0]
+
+    @property
     def joined_rules(self) -> ShardingRules:
         return self.pipeline.joined_rules
-
-    def check(self, data: TokenRows) -> None:
-        mesh, rules = self.pipeline.meshes[0], self.pipeline.rules
-        check_rows(data.batch_rows, data.row_tokens, recipe=self.recipe, mesh=mesh, rules=rules)
 
     def split(self, state: TrainState) -> States:
         return split_state(state, self.pipeline, recipe=self.recipe)

@@ -33,8 +33,8 @@ class TokenRows:
         every token see its whole row, as DeepSeek-V3 was trained.
 
     Raises:
-      ValueError: a run is not one axis of integers, none is as long as a row, or a batch holds
-        an id outside the vocabulary.
+      ValueError: a run is not one axis of integers, none is as long as a row, the seed is
+        negative, or a batch holds an id outside the vocabulary.
     """
 
     runs: Sequence[np.ndarray] = dataclasses.field(repr=False)
@@ -56,6 +56,8 @@ class TokenRows:
                 f"a batch needs at least 1 row of 2 tokens, got {self.batch_rows} rows of "
                 f"{self.row_tokens}"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not self.num_rows:
             longest = max((len(run) for run in self.runs), default=0)
             raise ValueError(

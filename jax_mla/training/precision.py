@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax_mla.functional import Params
 
 Float = Literal["float32", "bfloat16", "float16"]
-_WIDE = {"float32", "bfloat16", "float16"}
 # They decide between nearly equal experts, so no pass narrows them.
 _ROUTER = ("gate", "e_score_correction_bias")
 
@@ -26,13 +25,14 @@ class Precision:
     Attributes:
       param: of the weights that the optimizer updates, and of its moments.
       compute: of weights and activations in the forward and backward pass.
-      reduce: of the gradients once they leave the backward pass: summed over micro-batches,
-        clipped, handed to the optimizer. Sums over devices come before that, where XLA places them.
+      reduce: of the gradients once they leave the backward pass, while those of micro-batches are
+        added up; the optimizer is handed the sum in `param`. Sums over devices come before that,
+        where XLA places them.
       logits: what logits are rounded to before the loss, which sums in float32.
 
     Raises:
-      ValueError: a name is not one of these formats, or float16 weights meet float16 computing,
-        which loses small updates.
+      ValueError: a name is not one of these formats, or `param` is float16, which loses small
+        updates.
     """
 
     param: Float = "float32"
@@ -42,8 +42,8 @@ class Precision:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if (value := getattr(self, field.name)) not in _WIDE:
-                raise ValueError(f"{field.name} {value!r} is not one of {', '.join(sorted(_WIDE))}")
+            if (value := getattr(self, field.name)) not in (known := get_args(Float)):
+                raise ValueError(f"{field.name} {value!r} is not one of {', '.join(known)}")
         if self.param == "float16":
             raise ValueError(
                 f"param 'float16' cannot hold the weights of an optimizer: with compute "

@@ -76,12 +76,15 @@ class Recipe:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in (
-            "learning_rate", "final_learning_rate", "weight_decay", "clip_norm", "z_loss",
-            "balance_loss", "router_bias_rate",
+            "learning_rate", "final_learning_rate", "weight_decay", "z_loss", "balance_loss",
+            "router_bias_rate",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
+            if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+        for name in ("eps", "clip_norm"):  # at 0, weights without a gradient would become 0 / 0
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
         for name in ("b1", "b2"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")

@@ -7,21 +7,27 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
+from jax_mla.checks import check_positive
 from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params
 from jax_mla.sharding import ShardingRules
 from jax_mla.training.checkpoints import Checkpoints
 from jax_mla.training.data import TokenRows
-from jax_mla.training.processes import any_process
+from jax_mla.training.processes import any_process, of_first_process
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.state import TrainState, abstract_state, init_state
 from jax_mla.training.step import StepMetrics
 from jax_mla.training.steps import Steps, steps_on
+
+if TYPE_CHECKING:
+    from jax_mla.pipeline.schedule import ScheduleMaker
+
+ParamsLoader = Callable[[ShardingRules | None], Params]
 
 # Fields of a recipe that a resumed run may have otherwise: how far it goes, how its sums are cut
 # into parts, and whether a GPU adds them up in one order.
@@ -69,10 +75,10 @@ def train(
     data: TokenRows,
     *,
     seed: int = 0,
-    params: Params | None = None,
+    params: Params | ParamsLoader | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
-    pipeline_schedule: Callable | None = None,
+    pipeline_schedule: ScheduleMaker | None = None,
     checkpoints: Checkpoints | None = None,
     save_every: int = 1000,
     resume: bool = False,
@@ -88,7 +94,8 @@ def train(
     Args:
       data: batch i is that of step i.
       seed: of the initial weights.
-      params: weights to start from instead.
+      params: weights to start from instead; or a function that loads them, given the rules by
+        which the state lies on the mesh. It is called where a run begins, not where one resumes.
       mesh: one with stages is driven as a pipeline, of `recipe.num_micro_batches`. It holds the
         state a second time when a run begins, is saved and ends, by `Pipeline.joined_rules`.
       pipeline_schedule: of its stages, `pipeline.gpipe`, `pipeline.one_f_one_b` or your own; None
@@ -102,60 +109,75 @@ def train(
 
     Raises:
       ValueError: the folder holds steps and `resume` is False; the config, recipe or data are not
-        those of the saved run (both values are named); or the loss is not finite, in which case
-        nothing is saved after the last good step.
+        those of the saved run (both values are named); or the loss or the gradients' norm is not
+        finite, in which case nothing is saved after the last good step.
     """
+    check_positive(save_every=save_every)
     steps = steps_on(config, recipe, mesh, rules, pipeline_schedule)
     steps.check(data)
     record = _record(config, recipe, data, seed)
-    state = None
-    if checkpoints is not None and checkpoints.steps():
-        if not resume:
-            found = ", ".join(map(str, checkpoints.steps()))
-            raise ValueError(
-                f"{checkpoints.folder} holds steps {found}: resume, or train elsewhere"
-            )
-        state = _resumed(checkpoints, record, steps, on_notice)
+    state = _resumed(checkpoints, record, steps, resume, on_notice)
     if state is None:
-        placed = {"mesh": mesh, "rules": steps.joined_rules}
-        state = init_state(jax.random.key(seed), config, recipe=recipe, params=params, **placed)
-    saved = step = int(state.step)
+        state = _begun(steps, seed, params)
+    step, reason = int(state.step), "finished"
     state = steps.split(state)
-    began, waiting = time.perf_counter(), None
-    reason: Literal["finished", "stopped"] = "finished"
-
-    def settle() -> None:
-        """Reports the step that is being computed, which waits for it."""
-        nonlocal began, waiting
-        if waiting is not None:
-            (number, metrics), waiting = waiting, None
-            report, began = _report(number, metrics, data.batch_tokens, began)
-            if not (math.isfinite(report.loss) or report.is_skipped):
-                raise ValueError(f"the loss of step {number} is {report.loss}")
-            on_step(report)
-
-    def save(state: TrainState) -> None:
-        nonlocal saved
-        settle()
-        if checkpoints is not None and saved != step:
-            checkpoints.save(state, record | {"step": step})
-            saved = step
-
+    progress = _Progress(step, record, data.batch_tokens, checkpoints, on_step)
     while step < recipe.num_steps:
         state, metrics = steps(state, data.batch(step))
         step += 1
-        settle()
-        waiting = (step, metrics)
+        progress.add(step, metrics)
         if checkpoints is not None and step % save_every == 0 and step < recipe.num_steps:
-            save(steps.join(state))
+            progress.settle()
+            progress.save(steps.join(state))
         if any_process(should_stop()):
             reason = "stopped"
             break
+    progress.settle()
     state = steps.join(state)
-    save(state)
+    progress.save(state)
     if checkpoints is not None:
         checkpoints.wait()
     return TrainResult(state, reason)
+
+
+class _Progress:
+    """Reports every step while the next one is computed, and saves what was reported."""
+
+    def __init__(self, step, record, batch_tokens, checkpoints, on_step) -> None:
+        self._saved, self._record, self._batch_tokens = step, record, batch_tokens
+        self._checkpoints, self._on_step = checkpoints, on_step
+        self._began, self._waiting = time.perf_counter(), None
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Takes note of a step that is being computed; reports the one before."""
+        self.settle()
+        self._waiting = step, metrics
+
+    def settle(self) -> None:
+        """Reports the step that is being computed, which waits for it."""
+        if self._waiting is None:
+            return
+        (step, metrics), self._waiting = self._waiting, None
+        report, self._began = _report(step, metrics, self._batch_tokens, self._began)
+        for name, value in (("loss", report.loss), ("gradients' norm", report.grad_norm)):
+            if not (math.isfinite(value) or report.is_skipped):
+                raise ValueError(f"the {name} of step {step} is {value}")
+        self._on_step(report)
+
+    def save(self, state: TrainState) -> None:
+        """Saves a state of the whole model, unless that was done."""
+        step = int(state.step)
+        if self._checkpoints is not None and step != self._saved:
+            self._checkpoints.save(state, self._record | {"step": step})
+            self._saved = step
+
+
+def _begun(steps: Steps, seed: int, params: Params | ParamsLoader | None) -> TrainState:
+    """The state before the first step."""
+    placed = {"mesh": steps.mesh, "rules": steps.joined_rules}
+    params = params(steps.joined_rules) if callable(params) else params
+    key = jax.random.key(seed)
+    return init_state(key, steps.config, recipe=steps.recipe, params=params, **placed)
 
 
 def _record(config, recipe, data, seed) -> dict[str, Any]:
@@ -169,7 +191,16 @@ def _record(config, recipe, data, seed) -> dict[str, Any]:
     return json.loads(json.dumps(record))
 
 
-def _resumed(checkpoints, record, steps: Steps, on_notice) -> TrainState:
+def _resumed(checkpoints, record, steps: Steps, resume: bool, on_notice) -> TrainState | None:
+    """The newest state that was saved and is whole; None where none was saved."""
+    if checkpoints is None or not of_first_process(len(found := checkpoints.steps())):
+        return None
+    if not resume:
+        raise ValueError(
+            f"{checkpoints.folder} holds steps {', '.join(map(str, found))}: resume, or train "
+            "elsewhere"
+        )
+
     def check(saved: dict[str, Any]) -> None:
         for name, found, wanted in _differences(saved, record):
             raise ValueError(f"{checkpoints.folder} was trained with {name} {found}, not {wanted}")

@@ -72,7 +72,7 @@ def _make(key, params: Params | None, config: DeepSeekConfig, recipe: Recipe) ->
     if precision.compute == "float16":
         scale = DynamicScale(
             fin_steps=jnp.zeros((), jnp.int32),  # pyright: ignore[reportArgumentType]
-            scale=jnp.full((), 2.0**16),  # pyright: ignore[reportArgumentType]
+            scale=jnp.full((), 2.0**16, jnp.float32),  # pyright: ignore[reportArgumentType]
         )
     zero = jnp.zeros((), jnp.int32)
     return TrainState(params, make_optimizer(recipe).init(params), zero, zero, scale)

@@ -41,7 +41,7 @@ class StepMetrics:
     """What a step saw. Names of `NextTokenLoss` as there; of the batch, before the update.
 
     Attributes:
-      grad_norm: global, before clipping.
+      grad_norm: global, before clipping; float32.
       learning_rate: that of this step.
       is_skipped: float16 gradients overflowed, and nothing but the loss scale was changed.
     """
@@ -116,14 +116,14 @@ def train_step(
 
     num_rows = batch.tokens.shape[0]
     gradients, sums = _added_up(gradients_of, batch, recipe.num_micro_batches)
-    gradients = jax.tree.map(lambda g, p: g.astype(p.dtype) / scale, gradients, state.params)
+    gradients = jax.tree.map(lambda g, p: (g / scale).astype(p.dtype), gradients, state.params)
     is_finite = jnp.array(True) if state.loss_scale is None else all_finite(gradients)
     new_state = updated(state, gradients, sums.load, recipe, is_finite)
     if mesh is not None:
         new_state = jax.lax.with_sharding_constraint(
             new_state, state_shardings(config, mesh, rules, recipe=recipe)
         )
-    grad_norm, loss = optax.tree.norm(gradients), sums.means(num_tokens, num_rows)
+    grad_norm, loss = jnp.sqrt(square_sum(gradients)), sums.means(num_tokens, num_rows)
     return new_state, step_metrics(state, loss, grad_norm, is_finite, recipe)
 
 
@@ -197,6 +197,12 @@ def _added_up(gradients_of, batch: Batch, num_parts: int) -> tuple[Params, LossS
         return jax.tree.map(jnp.add, total, gradients_of(part)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def square_sum(gradients: Params) -> Float[Array, ""]:
+    """The square of the global norm, in float32."""
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    return optax.tree.norm(wide, squared=True)
 
 
 def all_finite(gradients: Params) -> Bool[Array, ""]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
@@ -14,6 +13,9 @@ from jax_mla.training.data import TokenRows
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.state import TrainState
 from jax_mla.training.step import Batch, StepMetrics, check_rows, place_batch, train_step
+
+if TYPE_CHECKING:
+    from jax_mla.pipeline.schedule import ScheduleMaker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Steps:
     rules: ShardingRules | None
 
     @property
+    def row_mesh(self) -> Mesh | None:
+        """The mesh that the rows of a micro-batch are divided over."""
+        return self.mesh
+
+    @property
     def joined_rules(self) -> ShardingRules | None:
         """Where the state of the whole model lies on the mesh."""
         return self.rules
@@ -37,7 +44,7 @@ class Steps:
     def check(self, data: TokenRows) -> None:
         """Refuses batches that cannot be divided."""
         shape = data.batch_rows, data.row_tokens
-        check_rows(*shape, recipe=self.recipe, mesh=self.mesh, rules=self.rules)
+        check_rows(*shape, recipe=self.recipe, mesh=self.row_mesh, rules=self.rules)
 
     def split(self, state: TrainState) -> Any:
         return state
@@ -57,7 +64,7 @@ def steps_on(
     recipe: Recipe,
     mesh: Mesh | None,
     rules: ShardingRules | None,
-    pipeline_schedule: Callable | None,
+    pipeline_schedule: ScheduleMaker | None,
 ) -> Steps:
     """The steps for a mesh; where it has stages, those of a pipeline.
 

@@ -134,16 +134,15 @@ def _backward(static: Static, masks: Masks, q, k, v, dout, stats) -> tuple[jax.A
     else:
         dq = backward.query_gradient(problem, *operands, num_sms=num_sms)
         dk, dv = backward.key_gradients(problem, *operands, num_sms=num_sms)
-    return dq, _sum_parts(problem, dk), _sum_parts(problem, dv)
+    return dq, _sum_parts(problem, dk, k), _sum_parts(problem, dv, v)
 
 
-def _sum_parts(problem: Problem, gradient):
-    """ "B S G K" of "B S parts-of-all-groups K"."""
+def _sum_parts(problem: Problem, gradient, like):
+    """The gradient of `like` "B S G K", of whose groups there may be parts, in whole tiles."""
     if problem.group_parts == 1:
         return gradient
-    B, S, _, K = gradient.shape
-    parts = gradient.reshape(B, S, problem.G, problem.group_parts, K)
-    return parts.sum(3, dtype=jnp.float32).astype(gradient.dtype)
+    parts = gradient[:, : problem.S].reshape(*like.shape[:3], problem.group_parts, like.shape[3])
+    return parts.sum(3).astype(like.dtype)
 
 
 _attention = jax.custom_vjp(_forward, nondiff_argnums=(0,))

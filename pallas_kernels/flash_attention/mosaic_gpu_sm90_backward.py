@@ -170,8 +170,11 @@ def key_gradients(
 
 
 def key_gradient_types(problem: Problem, dtype) -> list[jax.ShapeDtypeStruct]:
-    """Of dk and dv, for every part of a group."""
-    shape = problem.B, problem.S, problem.G * problem.group_parts
+    """Of dk and dv; for every part of a group, if there are several, whole tiles in float32."""
+    shape = problem.B, problem.S, problem.G
+    if problem.group_parts > 1:
+        dtype = jnp.float32
+        shape = problem.B, -(-problem.S // TILE) * TILE, problem.G * problem.group_parts
     return [jax.ShapeDtypeStruct((*shape, size), dtype) for size in (problem.K, problem.H)]
 
 
@@ -220,8 +223,13 @@ def for_each_key_tile(problem: Problem, tiles, inputs, outputs, smems, wg, meet_
         for value, scale, smem, gmem in zip(
             (dk, dv), (problem.scale, 1.0), tile_smems, outputs, strict=True
         ):
-            if value is not None:
-                store(scale * value, smem.at[wg], gmem.at[_own_keys(tile, wg, tile.head)])
+            if value is None:
+                continue
+            rows = _own_keys(tile, wg, tile.head)
+            if problem.group_parts > 1:
+                gmem[rows] = scale * value
+            else:
+                store(scale * value, smem.at[wg], gmem.at[rows])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return end
 

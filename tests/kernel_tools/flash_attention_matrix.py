@@ -61,7 +61,11 @@ def check_attention(implementation: str, case: Case, seed: int = 0) -> None:
     inputs, cotangents = make_arrays(case, options, seed)
     want = attend("xla", options, *_cast(inputs, cotangents, "float32"))
     usual = attend("xla", options, inputs, cotangents)
-    got = attend(implementation, options, inputs, cotangents)
+    assert_accurate(attend(implementation, options, inputs, cotangents), usual, want, case)
+
+
+def assert_accurate(got: dict, usual: dict, want: dict, case: object) -> None:
+    """Compares results with those in float32, and their errors with the usual ones."""
     for name in want:
         assert got[name].dtype == usual[name].dtype, name
         found, yardsticks = errors(got[name], want[name]), errors(usual[name], want[name])

@@ -1,6 +1,7 @@
 """`jax-mla train` in this process: what it writes, prints and refuses."""
 
 import argparse
+import dataclasses
 import inspect
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ import jax_mla
 from jax_mla.cli import layout
 from jax_mla.cli.layout import mesh_axes
 from jax_mla.cli.main import main
-from jax_mla.cli.train import Signals, _recipe, add_arguments
+from jax_mla.cli.train import Signals, _loader, _recipe, add_arguments
 from jax_mla.training.flops import flops_per_token
 
 
@@ -72,6 +74,9 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(small, tmp_path, capsys):
         ("--mesh data=16", "a mesh of data=16 needs 16 devices, found 8"),
         ("--mesh data=4", "2 rows of a micro-batch cannot be divided over 4 devices"),
         ("--micro-batches 3", "2 rows cannot be divided into 3 micro-batches"),
+        ("--pipeline gpipe", "--pipeline gpipe orders stages, and --mesh names none"),
+        ("--pipeline 1f1b --mesh data=2", "--pipeline 1f1b orders stages, and --mesh names none"),
+        ("--mesh stage=2", "2 stages need as many layers, the config has 1"),
         ("--seq 10000", "the longest file has 622 tokens, a row needs 10000"),
         ("--data none.txt", "none.txt is not a file"),
         ("--lr -1", "learning_rate must be a finite number of at least 0, got -1.0"),
@@ -82,6 +87,37 @@ def test_bad_input_is_one_line(small, capsys, options, message):
     assert main([*small, *options.split()]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_weights_are_read_where_the_state_will_lie(tmp_path):
+    config = dataclasses.replace(jax_mla.tiny(), num_hidden_layers=1)
+    params = jax_mla.init(jax.random.key(0), config)
+    jax_mla.save(tmp_path / "model", params, config)
+    assert _loader(None, None) is None
+    mesh = jax_mla.make_mesh(stage=2)
+    placed = _loader(tmp_path / "model", mesh)(jax_mla.ShardingRules(embed=("fsdp", "stage")))
+    assert placed["lm_head"].sharding.shard_shape((192, 320)) == (96, 320)
+    jax.tree.map(np.testing.assert_array_equal, placed, params)
+
+
+@pytest.mark.slow
+def test_a_model_goes_on_in_stages(small, tmp_path):
+    """From a checkpoint, of which each device reads its share."""
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    small[small.index("--steps") + 1] = "1"
+    words = ["train", "--model", str(tmp_path / "out/model_00000001"), *small[3:]]
+    stages = "--mesh stage=2 --micro-batches 2 --pipeline gpipe".split()
+    assert main(small) == 0
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    assert main([*words, "--out", str(tmp_path / "two"), *stages]) == 0
+    first, one, two = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text())
+        for name in ("out", "one", "two")
+    )
+    assert one["loss"] < first["loss"]
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("word", ["tensr=2", "data=2,data=2", "data=0", "data"])

@@ -139,6 +139,20 @@ def test_zeros_keep_their_sign(moe_config, axes):
     assert all(np.signbit(x).all() for x in jax.tree.leaves(joined))
 
 
+def test_the_last_stage_is_given_the_first_ones_embedding(dense_config, monkeypatch):
+    """By copies, and by the programs that several processes need."""
+    pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3, data=2))
+    parts = pipeline.split(params_of(dense_config))
+    parts[-1]["embed_tokens"] = parts[-1]["embed_tokens"] + 1
+    spec = pipeline.rules.spec(("vocab", "embed"))
+    for move in (exchange.move, exchange.passed_on):
+        monkeypatch.setattr(exchange, "move", move)
+        *others, last = exchange.with_first_embedding(parts, pipeline, spec)
+        np.testing.assert_array_equal(last["embed_tokens"], parts[0]["embed_tokens"])
+        assert last["embed_tokens"].sharding == parts[-1]["embed_tokens"].sharding
+        assert others == list(parts[:-1]) and last.keys() == parts[-1].keys()
+
+
 @pytest.mark.parametrize(("source", "target"), [(0, 1), (2, 0)])
 def test_programs_of_two_stages_move_what_a_copy_moves(dense_config, source, target):
     """With devices of several processes only a program over both stages can."""

@@ -142,6 +142,25 @@ def test_a_tied_embedding_stays_one(dense_config, random_params, batches):
     np.testing.assert_array_equal(first, last)
 
 
+def test_narrow_weights_stay_narrow(dense_config, random_params, batches):
+    """Clipped by the norm of all stages, and joined again."""
+    config = dataclasses.replace(dense_config, num_hidden_layers=2)
+    recipe = dataclasses.replace(RECIPE, precision=Precision("bfloat16", "float32"))
+    pipeline = Pipeline(config, jax_mla.make_mesh(stage=2))
+    state = init_state(jax.random.key(0), config, recipe=recipe, params=random_params(config))
+    dtypes = [x.dtype for x in jax.tree.leaves(state)]
+    states = split_state(state, pipeline, recipe=recipe)
+    states, got = pipeline_train_step(states, pipeline, batches[0], recipe=recipe)
+    joined = join_state(states, pipeline, recipe=recipe)
+    assert [x.dtype for x in jax.tree.leaves(joined)] == dtypes
+    assert got.grad_norm > recipe.clip_norm and got.grad_norm.dtype == "float32"
+    squares = [
+        np.square(x.astype(np.float64)).sum() for x in moments(jax.device_get(joined)).values()
+    ]
+    clipped = np.sqrt(np.sum(squares)) / (1 - recipe.b1)
+    assert_close(clipped, np.array(recipe.clip_norm), "bfloat16")
+
+
 @pytest.mark.slow
 def test_an_overflow_in_one_stage_skips_the_step_in_all(moe_config, batches):
     recipe = dataclasses.replace(RECIPE, precision=Precision(compute="float16"))

@@ -102,6 +102,8 @@ def test_bad_sizes_are_refused():
         rows(runs)
     with pytest.raises(ValueError, match="at least 1 row of 2 tokens, got 2 rows of 1"):
         rows(runs, row_tokens=1)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        rows([np.arange(9)], seed=-1)
     data = dataclasses.replace(rows([np.arange(9, dtype=np.uint16)]), vocab_size=5)
     with pytest.raises(ValueError, match="token id 8 is outside the vocabulary of 5"):
         data.batch(0)

@@ -19,7 +19,7 @@ from numerics import assert_close
 
 import jax_mla
 from jax_mla.cli.main import main
-from jax_mla.training import Checkpoints, Recipe, abstract_state
+from jax_mla.training import Checkpoints, Precision, Recipe, abstract_state
 
 KEEP_ALL = "--save-every 1 --keep 20".split()
 LAYOUTS = {
@@ -37,6 +37,22 @@ PIPELINES = {
     "stages in both": "--mesh data=4,stage=2 --micro-batches 2 --pipeline gpipe",
     "fsdp x tensor x stages": "--mesh fsdp=2,tensor=2,stage=2 --micro-batches 4",
     "a stage each": "--mesh stage=2,sequence=4 --rules context_parallel --micro-batches 4",
+    "zero2": "--mesh data=4,stage=2 --rules zero2 --micro-batches 2",
+    "zero3": "--mesh data=2,fsdp=2,stage=2 --rules zero3 --micro-batches 2",
+}
+
+# What the config has otherwise, the dtype, the devices of a process, and the mesh of both.
+OTHER_PIPELINES = {
+    "tied embedding": ({"tie_word_embeddings": True}, "float32", 4, PIPELINES["a stage each"]),
+    # Weights so large that the first gradients overflow until their scale has been halved thrice.
+    "overflow": ({"initializer_range": 1.0}, "float16", 4, PIPELINES["stages in both"]),
+    # The first stage in one process, the second in both, the third in the other.
+    "three stages": (
+        {"num_hidden_layers": 3},
+        "float32",
+        3,
+        "--mesh stage=3,sequence=2 --rules context_parallel --micro-batches 2",
+    ),
 }
 
 
@@ -83,10 +99,11 @@ def launch(words, environment):
     )  # fmt: skip
 
 
-def start(words):
-    """The same command in two processes of four devices."""
+def start(words, num_devices=4):
+    """The same command in two processes of so many devices each."""
     flags = f"--coordinator localhost:{free_port()} --num-processes 2 --process-id".split()
-    return [launch([*words, *flags, str(number)], {}) for number in range(2)]
+    devices = {"JAX_NUM_CPU_DEVICES": str(num_devices)}
+    return [launch([*words, *flags, str(number)], devices) for number in range(2)]
 
 
 def start_as_slurm(words):
@@ -114,16 +131,28 @@ def losses(out):
     return np.array([(row["loss"], row["grad_norm"]) for row in rows])
 
 
-def first_gradients(out, config):
-    """Of the first step, clipped: (1 - b1) times them is what AdamW's mean of them began with."""
-    only = out / "first"
-    shutil.copytree(out / "checkpoints" / "step_00000001", only / "step_00000001")
+def first_gradients(out, config, compute="float32", step=1):
+    """Of the first step that is not skipped, clipped: (1 - b1) times them is what AdamW's mean of
+    them began with."""
+    only, recipe = out / "first", Recipe(num_steps=20, precision=Precision(compute=compute))
+    shutil.copytree(out / f"checkpoints/step_{step:08}", only / f"step_{step:08}")
     with Checkpoints(only) as store:
-        state = store.restore(abstract_state(config, recipe=Recipe(num_steps=20))).state
+        state = store.restore(abstract_state(config, recipe=recipe)).state
+    shutil.rmtree(only)
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     found = {keystr(path): x / 0.1 for path, x in leaves if ".mu[" in keystr(path)}
     assert len(found) == len(jax.tree.leaves(state.params)) - 1  # all but the router's bias
     return found
+
+
+def assert_trained_as(alone, out, config):
+    """Gradients of the first step, every loss and norm, and the weights after 20 steps."""
+    of_two, of_one = (first_gradients(path, config) for path in (out, alone))
+    jax.tree.map(lambda x, y: assert_close(x, y, "float32"), of_two, of_one)
+    np.testing.assert_allclose(losses(out)[0], losses(alone)[0], rtol=1e-5)
+    np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-4)
+    (of_two, _), (of_one, _) = (jax_mla.load(path / "model_00000020") for path in (out, alone))
+    jax.tree.map(lambda x, y: assert_close(x, y, "float16"), of_two, of_one)
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +181,7 @@ def test_two_processes_train_and_generate_as_one(layout, folder, alone, config, 
     out = tmp_path / "two"
     summary = finish(start([*train_words(folder, 20), *KEEP_ALL, *layout, "--out", str(out)]))
     assert summary["reason"] == "finished" and summary["step"] == 20
-    of_two, of_one = (first_gradients(path, config) for path in (out, alone))
-    jax.tree.map(lambda x, y: assert_close(x, y, "float32"), of_two, of_one)
-    shutil.rmtree(alone / "first")
-    np.testing.assert_allclose(losses(out)[0], losses(alone)[0], rtol=1e-5)
-    np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-4)
-    (of_two, _), (of_one, _) = (jax_mla.load(path / "model_00000020") for path in (out, alone))
-    jax.tree.map(lambda x, y: assert_close(x, y, "float16"), of_two, of_one)
+    assert_trained_as(alone, out, config)
 
     words = f"generate --model {alone}/model_00000020 --max-new-tokens 8 --json".split()
     for prompt in ("in", "the", "word", "was", "beginning", "t", "wo", "th"):
@@ -176,13 +199,7 @@ def test_two_processes_run_a_pipeline_as_one_device(layout, folder, alone, confi
     out = tmp_path / "two"
     words = [*train_words(folder, 20), *KEEP_ALL, "--out", str(out)]
     assert finish(start([*words, *layout]))["step"] == 20
-    of_two, of_one = (first_gradients(path, config) for path in (out, alone))
-    jax.tree.map(lambda x, y: assert_close(x, y, "float32"), of_two, of_one)
-    shutil.rmtree(alone / "first")
-    np.testing.assert_allclose(losses(out)[0], losses(alone)[0], rtol=1e-5)
-    np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-4)
-    (of_two, _), (of_one, _) = (jax_mla.load(path / "model_00000020") for path in (out, alone))
-    jax.tree.map(lambda x, y: assert_close(x, y, "float16"), of_two, of_one)
+    assert_trained_as(alone, out, config)
 
     before = losses(out)
     for path in (out / "checkpoints").glob("step_000000[12]?"):
@@ -191,6 +208,29 @@ def test_two_processes_run_a_pipeline_as_one_device(layout, folder, alone, confi
     shutil.rmtree(out / "model_00000020")
     assert finish(start([*words, *layout, "--resume"]))["step"] == 20
     np.testing.assert_array_equal(losses(out), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "dtype", "num_devices", "layout"), OTHER_PIPELINES.values(), ids=OTHER_PIPELINES
+)
+def test_two_processes_run_other_pipelines_as_one(
+    change, dtype, num_devices, layout, folder, config, tmp_path
+):
+    """Five steps, as the same pipeline in one process: which are skipped, gradients, losses."""
+    config, one, two = dataclasses.replace(config, **change), tmp_path / "one", tmp_path / "two"
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    shutil.copy(folder / "text.txt", tmp_path)
+    words = [*train_words(tmp_path, 5), *KEEP_ALL, "--dtype", dtype, *layout.split()]
+    processes = start([*words, "--out", str(two)], num_devices)
+    assert main([*words, "--out", str(one)]) == 0
+    skipped = {"float32": 0, "float16": 3}[dtype]
+    assert finish(processes)["skipped_steps"] == skipped
+    of_two, of_one = (first_gradients(path, config, dtype, 1 + skipped) for path in (two, one))
+    jax.tree.map(lambda x, y: assert_close(x, y, dtype), of_two, of_one)
+    np.testing.assert_allclose(
+        losses(two), losses(one), rtol={"float32": 1e-5, "float16": 1e-3}[dtype]
+    )
 
 
 @pytest.mark.slow

@@ -169,6 +169,34 @@ def test_a_loss_that_is_no_number_ends_the_run_unsaved(tmp_path, config, data, p
         assert store.steps() == []
 
 
+def test_gradients_without_a_finite_norm_end_the_run_unsaved(tmp_path, config, data, params):
+    """The squares of the head's gradients overflow, and neither they nor the loss."""
+    norm, head = params["norm"]["weight"], params["lm_head"]
+    steep = params | {"norm": {"weight": norm * 1e25}, "lm_head": head * 1e-25}
+    with Checkpoints(tmp_path) as store:
+        with pytest.raises(ValueError, match="the gradients' norm of step 1 is inf"):
+            train(config, RECIPE, data, params=steep, checkpoints=store, save_every=1)
+        assert store.steps() == []
+
+
 def test_weights_may_be_given(config, data, params):
     result = train(config, RECIPE, data, params=params, **stop_after(1)[1])
     assert result.state.step == 1 and not params["lm_head"].is_deleted()
+
+
+def test_weights_are_loaded_where_a_run_begins_and_not_where_it_resumes(
+    tmp_path, config, data, params
+):
+    asked = []
+    load = lambda rules: asked.append(rules) or params  # noqa: E731
+    with Checkpoints(tmp_path) as store:
+        options = {"checkpoints": store, "on_notice": lambda _: None, "params": load}
+        want = train(config, RECIPE, data, params=params, **stop_after(1)[1]).state
+        assert_same_bits(train(config, RECIPE, data, **options, **stop_after(1)[1]).state, want)
+        train(config, RECIPE, data, **options, resume=True, **stop_after(1)[1])
+        assert asked == [None] and store.steps() == [1, 2]
+
+
+def test_a_step_to_save_at_that_never_comes_is_refused(config, data):
+    with pytest.raises(ValueError, match="save_every must be an integer of at least 1, got 0"):
+        train(config, RECIPE, data, save_every=0)

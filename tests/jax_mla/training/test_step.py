@@ -36,6 +36,10 @@ def same_bits(a, b):
     return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in leaves)
 
 
+def dtypes(tree):
+    return [x.dtype.name for x in jax.tree.leaves(tree)]
+
+
 def moments(state):
     """Adam's first moments after one step: the gradients, clipped, times 1 - b1."""
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -117,6 +121,20 @@ def test_an_overflow_changes_only_the_scale_and_is_counted(config, tokens):
     assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
     _, wanted = train_step(start(config, RECIPE), config, batch, recipe=RECIPE)
     assert_close(metrics.grad_norm, wanted.grad_norm, "bfloat16")  # the scale is divided out
+
+
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+def test_a_state_keeps_its_dtypes_and_is_compiled_for_once(config, tokens, compute):
+    """Weights and moments stay bfloat16, whatever gradients and their scale are."""
+    config = dataclasses.replace(config, num_hidden_layers=1)
+    precision = Precision(param="bfloat16", compute=compute)
+    recipe = dataclasses.replace(RECIPE, precision=precision)
+    state, batch = start(config, recipe), Batch(jnp.asarray(tokens))
+    wanted, before = dtypes(state), train_step._cache_size()
+    for _ in range(2):
+        state, metrics = train_step(state, config, batch, recipe=recipe)
+        assert dtypes(state) == wanted and metrics.grad_norm.dtype == "float32"
+    assert train_step._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("is_finite", [True, False], ids=["finite", "overflow"])
