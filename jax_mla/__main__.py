@@ -1,8 +1,6 @@
 """`python -m jax_mla` is the command line `jax-mla`."""
 
-import sys
-
-from jax_mla.cli.main import main
+from jax_mla.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -42,6 +42,7 @@ def complete(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
+    max_new_tokens: int,
     show: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Run:
@@ -52,7 +53,8 @@ def complete(
       **options: of jax_mla.generate.
 
     Raises:
-      ValueError: a prompt without tokens, or `show` with several prompts.
+      ValueError: a prompt without tokens, one for which the model has too few positions, or `show`
+        with several prompts.
     """
     import jax.numpy as jnp
     import numpy as np
@@ -69,6 +71,11 @@ def complete(
         if not row:
             raise ValueError(f"the prompt {prompt!r} has no tokens")
     lengths = np.array([len(row) for row in ids], np.int32)
+    if lengths.max() + max_new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones are more than the "
+            f"{config.max_position_embeddings} positions that the model has"
+        )
     tokens = np.zeros((len(ids), int(lengths.max())), np.int32)
     for row, values in zip(tokens, ids, strict=True):
         row[: len(values)] = values
@@ -78,8 +85,8 @@ def complete(
     if show is not None:
         show(prompts[0])
     start = time.perf_counter()
-    arrays = {"tokens": jnp.asarray(tokens), "lengths": jnp.asarray(lengths)}
-    out = jax_mla.generate(params, config, stream=stream, **arrays, **options)
+    options |= {"lengths": jnp.asarray(lengths), "max_new_tokens": max_new_tokens}
+    out = jax_mla.generate(params, config, jnp.asarray(tokens), stream=stream, **options)
     new_tokens, new_lengths = np.asarray(out.tokens), np.asarray(out.lengths)
     seconds = time.perf_counter() - start
     if show is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.resources
+import sys
 from pathlib import Path
 
 from jax_mla.cli import completion, report
@@ -22,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generates twice: the first run compiles, the second is timed."""
+    if sys.stderr.isatty():
+        print("loading and compiling the model", file=sys.stderr)
     import jax
 
     import jax_mla

@@ -14,12 +14,19 @@ RULES = (
     "ddp", "zero1", "zero2", "zero3", "tensor_parallel", "context_parallel", "dp_attention_ep",
 )  # fmt: skip
 _AXES = ("data", "fsdp", "tensor", "expert", "sequence")
+_ALL_AXES = (*_AXES, "stage")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, has_stages: bool = False) -> None:
-    axes = mesh_axes_and_stages if has_stages else mesh_axes
-    parser.add_argument("--mesh", type=axes, metavar="AXIS=N,...", help="such as data=2,tensor=2")
-    parser.add_argument("--rules", choices=RULES, help="what lies where on the mesh")
+    axes, names = (mesh_axes_and_stages, _ALL_AXES) if has_stages else (mesh_axes, _AXES)
+    parser.add_argument(
+        "--mesh", type=axes, metavar="AXIS=N,...",
+        help=f"devices by {', '.join(names[:-1])} and {names[-1]}, such as data=2,tensor=2; one "
+        "device without it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rules", choices=RULES, help="what lies where on the mesh; as ShardingRules() without it"
+    )
 
 
 def build(args: argparse.Namespace) -> "tuple[Mesh | None, ShardingRules | None]":
@@ -54,7 +61,7 @@ def mesh_axes(word: str) -> dict[str, int]:
 
 def mesh_axes_and_stages(word: str) -> dict[str, int]:
     """An argparse type: `data=2,stage=4`."""
-    return _axes(word, (*_AXES, "stage"))
+    return _axes(word, _ALL_AXES)
 
 
 def _axes(word: str, known: tuple[str, ...]) -> dict[str, int]:
@@ -65,5 +72,7 @@ def _axes(word: str, known: tuple[str, ...]) -> dict[str, int]:
             raise argparse.ArgumentTypeError(
                 f"axes are {', '.join(known[:-1])} and {known[-1]}, each once, got {part!r}"
             )
+        if not size:
+            raise argparse.ArgumentTypeError(f"an axis has a size, as in {name}=2, got {part!r}")
         axes[name] = positive(size)
     return axes

@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import jax_mla
 
@@ -20,6 +21,23 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = 130
+
+
+def program() -> NoReturn:
+    """`main` as a process. An interrupted one leaves without the interpreter's shutdown.
+
+    jaxlib 0.10 gives up an interrupted compilation while its threads go on, and the shutdown takes
+    away what they use: the process would end with a segmentation fault.
+    """
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `jax-mla argv`; the exit code is 0, 1 (a check failed), 2 (bad input) or 130."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -29,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # `jax-mla inspect DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

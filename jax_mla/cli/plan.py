@@ -114,6 +114,8 @@ def _config(word: str) -> DeepSeekConfig:
     if word in PRESETS:
         return getattr(presets, word)()
     path = Path(word)
+    if not path.exists():
+        raise FileNotFoundError(f"{word} is missing, and no preset: {', '.join(PRESETS)}")
     return DeepSeekConfig.from_hf(read_json(path / "config.json" if path.is_dir() else path))
 
 

@@ -41,10 +41,13 @@ class Metrics:
         self._bar: Progress | None = None
 
     def __enter__(self) -> Metrics:
+        if sys.stderr.isatty() and self._is_first_process and not self._is_quiet:
+            self._bar = _open_bar(self._num_steps)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
+            self._bar.live.transient = not self._rows  # a run that was refused leaves no bar
             self._bar.stop()
         if self._file is not None:
             self._file.close()
@@ -84,8 +87,6 @@ class Metrics:
         kept = [line for line in lines if _step_of(line) < first_step]
         self._path.write_text("".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        if sys.stderr.isatty() and not self._is_quiet:
-            self._bar = _open_bar(self._num_steps)
         return self._file
 
     def _mfu(self, tokens_per_second: float) -> float | None:

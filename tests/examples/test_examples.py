@@ -1,7 +1,8 @@
-"""Every example runs as written, on a CPU, with the network cut off."""
+"""Examples and the README run as written, on a CPU, with the network cut off."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,28 @@ SLOW = ("pipeline", "pmap", "sharding")
     ids=lambda path: path.stem,
 )
 def test_example_runs_offline(example, tmp_path):
+    assert run_offline(example, tmp_path).strip(), "an example prints something true"
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    (tmp_path / "text.txt").write_text("In the beginning. " * 200)
+    for i, block in enumerate(blocks):
+        program = tmp_path / f"block_{i}.py"
+        program.write_text(block.replace("num_steps=2000", "num_steps=2"))
+        run_offline(program, tmp_path)
+
+
+def run_offline(program, tmp_path):
+    """What a program prints."""
     (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     environment = kept | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
-        [sys.executable, example],
+        [sys.executable, program],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -45,8 +62,8 @@ def test_example_runs_offline(example, tmp_path):
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip(), "an example prints something true"
     assert "Warning" not in result.stderr, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -67,10 +67,14 @@ def test_a_mesh_writes_the_same_text(generate):
         ("--rules ddp", "--rules ddp splits over a mesh, and there is no --mesh"),
         ("--mesh data=2", "cannot be split over 2 devices of mesh axis 'data'"),
         ("--mesh tensor=3", "cannot be split over 3 devices of mesh axis 'tensor'"),
+        (
+            "--max-new-tokens 4095",
+            "a prompt of 2 tokens and 4095 new ones are more than the 4096 positions that",
+        ),
     ],
-    ids=["rules", "prompts", "weights"],
+    ids=["rules", "prompts", "weights", "positions"],
 )
-def test_a_mesh_that_does_not_fit_is_one_line(words, message, folder, capsys):
+def test_what_does_not_fit_is_one_line(words, message, folder, capsys):
     argv = ["generate", "--model", str(folder), "--prompt", "a", *words.split()]
     assert main(argv) == 2
     out, err = capsys.readouterr()

@@ -128,6 +128,17 @@ def test_interrupt_is_quiet(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_interrupted_process_skips_the_shutdown():
+    code = (
+        "import atexit; from jax_mla.cli import main as m; m.main = lambda: print('x') or {}; "
+        "atexit.register(print, 'shutdown'); m.program()"
+    )
+    for status, text in ((130, "x\n"), (2, "x\nshutdown\n")):
+        command = [sys.executable, "-c", code.format(status)]
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        assert (ran.returncode, ran.stdout) == (status, text)
+
+
 def test_closed_pipe_is_quiet():
     command = [*RUN, "inspect", str(GOLDEN / "v3")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -76,10 +76,11 @@ def test_it_runs_without_jax():
     ("words", "message"),
     [
         ("no/such.json", "no/such.json is missing"),
+        ("v4", "v4 is missing, and no preset: tiny, v2_lite, v2, v3, kimi_k2"),
         ("tiny --mesh tensor=4", "axis 'heads' of size 6 cannot be split over 4 devices"),
         ("tiny --train --mesh data=7", "cannot be split over 7 devices of mesh axis 'data+fsdp'"),
     ],
-    ids=["file", "heads", "data"],
+    ids=["file", "preset", "heads", "data"],
 )
 def test_bad_input_is_one_line(words, message, capsys):
     assert main(["plan", *words.split()]) == 2
