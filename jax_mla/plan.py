@@ -108,7 +108,7 @@ def training_bytes(
 
     Raises:
       ValueError: a mesh axis does not divide the axis that it is to split, or there is no such
-        recipe, axis, size, dtype or optimizer.
+        recipe, axis, size, dtype or optimizer, or the mesh has stages.
     """
     for name, dtype in (("param", param), ("reduce", reduce)):
         _check_known(name, dtype, DTYPE_BYTES)
@@ -139,7 +139,7 @@ def serving_bytes(
 
     Raises:
       ValueError: a mesh axis does not divide the axis that it is to split, or there is no such
-        recipe, axis or size.
+        recipe, axis or size, or the mesh has stages.
     """
     check_positive(batch=batch)
     split, dtype_bytes = _recipe(recipe, mesh), DTYPE_BYTES[config.dtype]
@@ -165,6 +165,8 @@ def _recipe(name: str, mesh: Mapping[str, int]) -> Recipe:
         if axis not in MESH_AXES:
             raise ValueError(f"{axis!r} is not a mesh axis, those are {', '.join(MESH_AXES)}")
         check_positive(**{axis: size})
+    if (num_stages := mesh.get("stage", 1)) > 1:
+        raise ValueError(f"the parts of a pipeline are not planned, got stage={num_stages}")
     return RECIPES[name]
 
 

@@ -225,10 +225,12 @@ def _schedule(args: argparse.Namespace, mesh: Any) -> Any:
 
 
 def _config(args: argparse.Namespace) -> DeepSeekConfig:
-    from jax_mla.checkpoint.folder import read_config, read_json
+    from jax_mla.checkpoint.folder import open_folder, read_config, read_json
 
     if args.model is not None:
-        return DeepSeekConfig.from_hf(read_config(args.model))
+        # Weights that are missing are missed before the data are read, and not where a run resumes.
+        found = read_config(args.model) if args.resume else open_folder(args.model).config
+        return DeepSeekConfig.from_hf(found)
     if args.config == "tiny":
         return tiny()
     if not (file := Path(args.config)).is_file():

@@ -85,7 +85,11 @@ class Metrics:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) < first_step]
-        self._path.write_text("".join(f"{line}\n" for line in kept))
+        partial = self._path.with_name(
+            f".{self._path.name}.partial"
+        )  # so that a kill loses no rows
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         return self._file
 

@@ -15,9 +15,10 @@ from jax_mla.functional import Params
 from jax_mla.pipeline.stages import Pipeline
 from jax_mla.sharding import constrain_tokens, placement_of
 from jax_mla.training.loss import LossSums, NextTokenLoss, counted, loss_sums
+from jax_mla.training.optimizer import clipped, square_sum
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.state import TrainState, state_shardings
-from jax_mla.training.step import Batch, all_finite, objective, square_sum, updated
+from jax_mla.training.step import Batch, all_finite, objective, updated
 
 _STATIC = ("pipeline", "stage", "recipe")
 _of_stage = functools.partial(jax.jit, static_argnames=_STATIC)
@@ -172,12 +173,9 @@ def update(
 ) -> TrainState:
     """A stage's next state; gradients are clipped by the norm of all stages."""
     if (limit := recipe.clip_norm) is not None:
-        # Optax's own formula. The optimizer clips too, by the norm of this stage alone, which is no
-        # larger and leaves it nothing to do.
-        gradients = jax.tree.map(
-            lambda g: jnp.where(grad_norm < limit, g, g / grad_norm.astype(g.dtype) * limit),
-            gradients,
-        )
+        # The optimizer clips too, by the norm of this stage alone, which is no larger and leaves
+        # it nothing to do.
+        gradients = clipped(gradients, grad_norm, limit)
     new_state = updated(state, gradients, load, recipe, is_finite)
     return jax.lax.with_sharding_constraint(new_state, stage_shardings(pipeline, stage, recipe))
 

@@ -93,6 +93,7 @@ class TokenRows:
         for worst in (tokens.min(), tokens.max()):
             if not 0 <= worst < self.vocab_size:
                 raise ValueError(f"token id {worst} is outside the vocabulary of {self.vocab_size}")
+        tokens = tokens.astype(np.int32)
         if self.separator is None:
             return Batch(tokens)
         is_end = tokens[:, :-1] == self.separator
@@ -116,7 +117,7 @@ class TokenRows:
     def _row(self, number: int) -> np.ndarray:
         run = int(np.searchsorted(self._first_rows, number, side="right")) - 1
         start = (number - int(self._first_rows[run])) * (self.row_tokens - 1)
-        return np.asarray(self.runs[run][start : start + self.row_tokens], np.int32)
+        return np.asarray(self.runs[run][start : start + self.row_tokens])
 
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs

@@ -7,7 +7,9 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from jax_mla.functional import Params
 from jax_mla.training.recipe import Recipe
@@ -51,7 +53,29 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     by_kind_of_weight = optax.partition(by_kind, kinds)
     if recipe.clip_norm is None:
         return by_kind_of_weight
-    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), by_kind_of_weight)
+    return optax.chain(_clip_by_global_norm(recipe.clip_norm), by_kind_of_weight)
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """That of optax, which adds up the norm in the gradients' dtype: too small in bfloat16."""
+
+    def update(updates, state, params=None):
+        return clipped(updates, jnp.sqrt(square_sum(updates)), limit), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def clipped(gradients: Params, norm: Float[Array, ""], limit: float) -> Params:
+    """Gradients of this global norm, made smaller where it is above the limit."""
+    return jax.tree.map(
+        lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), gradients
+    )
+
+
+def square_sum(gradients: Params) -> Float[Array, ""]:
+    """The square of the global norm, in float32."""
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    return optax.tree.norm(wide, squared=True)
 
 
 def kinds(params: Params) -> Any:

@@ -109,8 +109,9 @@ def train(
 
     Raises:
       ValueError: the folder holds steps and `resume` is False; the config, recipe or data are not
-        those of the saved run (both values are named); or the loss or the gradients' norm is not
-        finite, in which case nothing is saved after the last good step.
+        those of the saved run (both values are named); the data are not for the config or cannot
+        be divided over the mesh; or the loss or the gradients' norm is not finite, in which case
+        nothing is saved after the last good step.
     """
     check_positive(save_every=save_every)
     steps = steps_on(config, recipe, mesh, rules, pipeline_schedule)
@@ -197,8 +198,8 @@ def _resumed(checkpoints, record, steps: Steps, resume: bool, on_notice) -> Trai
         return None
     if not resume:
         raise ValueError(
-            f"{checkpoints.folder} holds steps {', '.join(map(str, found))}: resume, or train "
-            "elsewhere"
+            f"{checkpoints.folder} holds step {', '.join(map(str, found))}: resume (--resume), or "
+            "train elsewhere (--out)"
         )
 
     def check(saved: dict[str, Any]) -> None:

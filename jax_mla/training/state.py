@@ -12,6 +12,7 @@ from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jax_mla import inputs
 from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params, init, param_shardings
 from jax_mla.sharding import ShardingRules
@@ -53,7 +54,12 @@ def init_state(
     Args:
       params: weights to start from, for fine-tuning; they are copied. None draws them with `key`.
       mesh: places the state by `rules`; None leaves it on one device.
+
+    Raises:
+      ValueError: the parameters are not those of the config.
     """
+    if params is not None:
+        inputs.check_params(params, _abstract(config, recipe).params)
     return _maker(config, recipe, mesh, rules)(key, params)
 
 
@@ -66,8 +72,8 @@ def _maker(config, recipe, mesh, rules):
 
 def _make(key, params: Params | None, config: DeepSeekConfig, recipe: Recipe) -> TrainState:
     precision = recipe.precision
-    start = params or init(key, dataclasses.replace(config, dtype=precision.param))
-    params = precision.to_param(start)
+    new = dataclasses.replace(config, dtype=precision.param)
+    params = precision.to_param(init(key, new) if params is None else params)
     scale = None
     if precision.compute == "float16":
         scale = DynamicScale(

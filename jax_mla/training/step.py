@@ -19,7 +19,7 @@ from jax_mla.config import DeepSeekConfig
 from jax_mla.functional import Params, param_shardings
 from jax_mla.sharding import Placement, ShardingRules
 from jax_mla.training.loss import LossSums, NextTokenLoss, counted, loss_sums
-from jax_mla.training.optimizer import make_optimizer
+from jax_mla.training.optimizer import make_optimizer, square_sum
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.router_bias import update_router_bias
 from jax_mla.training.state import TrainState, state_shardings
@@ -197,12 +197,6 @@ def _added_up(gradients_of, batch: Batch, num_parts: int) -> tuple[Params, LossS
         return jax.tree.map(jnp.add, total, gradients_of(part)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
-
-
-def square_sum(gradients: Params) -> Float[Array, ""]:
-    """The square of the global norm, in float32."""
-    wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-    return optax.tree.norm(wide, squared=True)
 
 
 def all_finite(gradients: Params) -> Bool[Array, ""]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
+from jax_mla import inputs
 from jax_mla.config import DeepSeekConfig
 from jax_mla.sharding import ShardingRules
 from jax_mla.training.data import TokenRows
@@ -42,7 +43,13 @@ class Steps:
         return self.rules
 
     def check(self, data: TokenRows) -> None:
-        """Refuses batches that cannot be divided."""
+        """Refuses rows that the model cannot read, and batches that cannot be divided."""
+        if data.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"data of a vocabulary of {data.vocab_size} may hold ids that a model of "
+                f"{self.config.vocab_size} does not have"
+            )
+        inputs.check_rope(data.row_tokens, self.config)
         shape = data.batch_rows, data.row_tokens
         check_rows(*shape, recipe=self.recipe, mesh=self.row_mesh, rules=self.rules)
 

@@ -53,7 +53,9 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(small, tmp_path, capsys):
     assert more["loss"] < rows[-1]["loss"] and "step 1 " in capsys.readouterr().out
 
     assert main([*small]) == 2
-    assert "holds steps 2, 3: resume, or train elsewhere" in capsys.readouterr().err
+    assert (
+        "holds step 2, 3: resume (--resume), or train elsewhere (--out)" in capsys.readouterr().err
+    )
     assert main([*small, "--resume", "--lr", "1"]) == 2
     assert "trained with recipe.learning_rate 0.0003, not 1.0" in capsys.readouterr().err
     assert main([*small, "--resume"]) == 0
@@ -98,6 +100,14 @@ def test_weights_are_read_where_the_state_will_lie(tmp_path):
     placed = _loader(tmp_path / "model", mesh)(jax_mla.ShardingRules(embed=("fsdp", "stage")))
     assert placed["lm_head"].sharding.shard_shape((192, 320)) == (96, 320)
     jax.tree.map(np.testing.assert_array_equal, placed, params)
+
+
+def test_weights_are_missed_before_the_data_are_read(small, tmp_path, capsys):
+    words = ["train", "--model", str(tmp_path), *small[3:], "--data", "none.txt"]
+    assert main(words) == 2
+    assert "holds neither model.safetensors nor" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 2
+    assert "none.txt is not a file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -107,6 +107,8 @@ def test_bad_sizes_are_refused():
     data = dataclasses.replace(rows([np.arange(9, dtype=np.uint16)]), vocab_size=5)
     with pytest.raises(ValueError, match="token id 8 is outside the vocabulary of 5"):
         data.batch(0)
+    with pytest.raises(ValueError, match="token id 4294967296 is outside the vocabulary of 1000"):
+        rows([np.arange(9) + 2**32]).batch(0)  # which 32 bits would hold as 0 to 8
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,19 @@ def test_gradients_are_clipped_to_the_global_norm(params):
         assert_close(moment, np.full(moment.shape, 0.1), "float32")
 
 
+def test_the_norm_that_clips_is_float32_where_gradients_are_not(params):
+    """The largest leaf has a square sum of 1, so that bfloat16 would lose every other one."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    largest = max(x.size for x in jax.tree.leaves(params))
+    gradients = jax.tree.map(
+        lambda x: jnp.full_like(x, ((1 if x.size == largest else 0.0035) / x.size) ** 0.5), params
+    )
+    optimizer = make_optimizer(dataclasses.replace(RECIPE, clip_norm=0.25))
+    state = optimizer.update(gradients, optimizer.init(params), params)[1]
+    moments = [np.float64(x) / 0.1 for path, x in named(state).items() if ".mu" in path]
+    assert_close(np.sqrt(sum(np.square(x).sum() for x in moments)), np.array(0.25), "bfloat16")
+
+
 def test_muon_makes_every_matrix_orthogonal_by_itself(params, rng):
     """All singular values of an update are near one size: each layer's, each expert's, and of a
     projection with heads over all of them."""

@@ -121,10 +121,29 @@ def test_a_schedule_without_stages_is_refused(config, data, mesh, found):
         train(config, RECIPE, data, mesh=mesh, pipeline_schedule=gpipe)
 
 
+@pytest.mark.parametrize("mesh", [None, {"stage": 2}], ids=["one-device", "stages"])
+def test_data_and_weights_of_another_model_are_refused(config, data, params, mesh):
+    where = {"mesh": mesh and jax_mla.make_mesh(**mesh)}
+    larger = dataclasses.replace(data, vocab_size=321)
+    factors = {"short_factor": (1.0,) * 4, "long_factor": (2.0,) * 4}
+    scaling = jax_mla.RopeScaling("longrope", 2.0, 8, **factors)
+    with pytest.raises(ValueError, match=r"original_max_position_embeddings=8 tokens .* got 9"):
+        train(dataclasses.replace(config, rope_scaling=scaling), RECIPE, data, params={}, **where)
+    with pytest.raises(ValueError, match=r"vocabulary of 321 may hold .* a model of 320 does not"):
+        train(config, RECIPE, larger, **where)
+    fewer = {name: value for name, value in params.items() if name != "moe_layers"}
+    with pytest.raises(ValueError, match=r"\['moe_layers'\].* is missing"):
+        train(config, RECIPE, data, params=fewer, **where)
+    with pytest.raises(ValueError, match=r"\['dense_layers'\].* is missing"):
+        train(config, RECIPE, data, params={}, **where)
+
+
 def test_a_folder_with_steps_is_not_overwritten(tmp_path, config, data):
     with Checkpoints(tmp_path) as store:
         train(config, RECIPE, data, checkpoints=store, **stop_after(1)[1])
-        with pytest.raises(ValueError, match="holds steps 1: resume, or train elsewhere"):
+        with pytest.raises(
+            ValueError, match=r"holds step 1: resume \(--resume\), or train elsewhere"
+        ):
             train(config, RECIPE, data, checkpoints=store)
 
 

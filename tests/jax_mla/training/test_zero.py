@@ -192,10 +192,11 @@ def test_an_axis_that_does_not_divide_is_refused():
     [
         ({"dta": 8}, "zero3", 1, "'dta' is not a mesh axis, those are data, fsdp,"),
         ({"data": 0}, "zero3", 1, "data must be an integer of at least 1, got 0"),
+        ({"data": 2, "stage": 4}, "zero3", 1, "a pipeline are not planned, got stage=4"),
         ({}, "zero4", 1, "recipe 'zero4' is not one of ddp, zero1,"),
         ({}, "ddp", 0, "batch must be an integer of at least 1, got 0"),
     ],
-    ids=["axis", "size", "recipe", "batch"],
+    ids=["axis", "size", "stages", "recipe", "batch"],
 )
 def test_what_cannot_be_planned_is_refused(mesh, recipe, batch, message):
     with pytest.raises(ValueError, match=message):
