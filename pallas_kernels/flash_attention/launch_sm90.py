@@ -21,6 +21,7 @@ from pallas_kernels.flash_attention.config_sm90 import (
 from pallas_kernels.flash_attention.work_sm90 import Masks
 
 DTYPES = ("bfloat16", "float16")
+LEAST_SCALE = 1e-30  # lse / scale stays far inside of float32, and scale is no subnormal number
 
 
 def why_not(q, k, v, *, scale, **options) -> str | None:
@@ -31,8 +32,11 @@ def why_not(q, k, v, *, scale, **options) -> str | None:
         return f"has tiles for head sizes (K, H) in {list(HEAD_SIZES)}, found {head_sizes}"
     if str(q.dtype) not in DTYPES:
         return f"multiplies {' or '.join(DTYPES)}, found {q.dtype}"
-    if scale <= 0:
-        return f"keeps the maximum of scores times a positive scale, found {scale}"
+    if not scale >= LEAST_SCALE:
+        return (
+            "keeps the maximum of scores times a positive scale, and lse divided by it: needs at"
+            f" least {LEAST_SCALE}, found {scale}"
+        )
     return hardware.missing_gpu((9, 0))
 
 
@@ -67,13 +71,14 @@ def flash_attention_sm90(
 
 def _masks(B, T, S, segment_ids, lengths) -> Masks:
     """Ids are padded to whole tiles, for kernels read them without a bounds check."""
-    key_ends = jnp.full((B,), S) if lengths is None else jnp.minimum(lengths, S)
+    # int32 before S meets them, which a narrower dtype may not hold.
+    key_ends = jnp.asarray(jnp.full((B,), S) if lengths is None else lengths, jnp.int32)
     query_ids = key_ids = None
     if segment_ids is not None:
         key_ids = jnp.asarray(segment_ids, jnp.int32)
         query_ids = jnp.pad(key_ids[:, S - T :], ((0, 0), (0, -T % TILE)), mode="edge")
         key_ids = jnp.pad(key_ids, ((0, 0), (0, -S % TILE)), mode="edge")
-    return Masks(key_ends.astype(jnp.int32), query_ids, key_ids)
+    return Masks(jnp.minimum(key_ends, S), query_ids, key_ids)
 
 
 def _pad(x, least):

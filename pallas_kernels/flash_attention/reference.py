@@ -49,6 +49,7 @@ def flash_attention_reference(
     if lengths is None:
         lengths = jnp.full((B,), S, jnp.int32)
     else:
+        lengths = jnp.asarray(lengths, jnp.int32)  # a narrower dtype may not hold S
         # Keys past the length may hold NaN, and 0 * NaN is NaN: none may reach a matmul.
         is_past_BS11 = (jnp.arange(S)[None, :] >= lengths[:, None])[:, :, None, None]
         k, v = jnp.where(is_past_BS11, 0, k), jnp.where(is_past_BS11, 0, v)
@@ -62,7 +63,7 @@ def flash_attention_reference(
         _rows(q_IBtGMK),
         jnp.swapaxes(_blocks(k, block_s), 2, 3),
         jnp.swapaxes(_blocks(v, block_s), 2, 3),
-        jnp.minimum(lengths, S).astype(jnp.int32),  # more would show the zeros behind S
+        jnp.minimum(lengths, S),  # more would show the zeros behind S
         query_ids,
         key_ids,
     )

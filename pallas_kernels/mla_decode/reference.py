@@ -25,7 +25,9 @@ def mla_decode_reference(q, kv_pages, page_table, lengths, *, latent_dim, scale,
 def _decode(q, kv_pages, page_table, lengths, latent_dim, scale, causal, chunk_tokens):
     B, T, N, X = q.shape
     page_size, max_pages = kv_pages.shape[1], page_table.shape[1]
-    lengths = jnp.minimum(lengths, max_pages * page_size)  # no chunk is read twice, whatever comes
+    # int32, for a narrower dtype may not hold the capacity; no more than that, so that no chunk is
+    # read twice, whatever comes.
+    lengths = jnp.minimum(jnp.asarray(lengths, jnp.int32), max_pages * page_size)
     chunk_pages = min(max_pages, max(1, chunk_tokens // page_size))
     chunk, num_chunks = chunk_pages * page_size, -(-max_pages // chunk_pages)
     page_table = jnp.pad(page_table, [(0, 0), (0, num_chunks * chunk_pages - max_pages)])

@@ -271,6 +271,15 @@ def test_a_length_beyond_the_keys_counts_as_all_of_them_under_jit(rng):
     assert_close(got, attend())
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32"])
+def test_lengths_of_any_integer_dtype(rng, dtype):
+    """The 300 keys are more than 8 bits can count."""
+    q, k, v = inputs(rng, 2, 3, 300, 1, 1, 4, 4)
+    attend = functools.partial(flash_attention, q, k, v, causal=False)
+    lengths = np.array([70, 120])
+    assert_close(attend(lengths=jnp.asarray(lengths.astype(dtype))), attend(lengths=lengths))
+
+
 def test_other_lengths_do_not_compile_again(rng):
     arrays = inputs(rng, 2, 8, 8, 2, 2, 4, 4)
 

@@ -295,6 +295,13 @@ def test_the_tile_in_which_keys_end_has_zeros_behind_them(rng):
     assert not last_tile[3, 72:].any()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32"])
+def test_lengths_keep_their_value_beside_many_keys(dtype):
+    """40000 keys are more than 8 or 16 bits can count."""
+    masks = _masks(2, 40000, 40000, None, jnp.array([0, 120], dtype))
+    np.testing.assert_array_equal(masks.key_ends, [0, 120])
+
+
 def test_named_implementation_is_used(monkeypatch):
     monkeypatch.setattr(hardware, "missing_gpu", lambda *_: None)
 
@@ -312,10 +319,12 @@ def test_named_implementation_is_used(monkeypatch):
         (shapes(48, 32), 1.0, r"head sizes .* found \(48, 32\)"),
         (shapes(128, 64), 1.0, r"head sizes .* found \(128, 64\)"),
         (shapes(64, 64, dtype="float32"), 1.0, "bfloat16 or float16, found float32"),
-        (shapes(64, 64), -1.0, "positive scale, found -1.0"),
+        (shapes(64, 64), -1.0, "positive scale.* found -1.0"),
+        (shapes(64, 64), 1e-39, "at least 1e-30, found 1e-39"),
+        (shapes(64, 64), float("nan"), "at least 1e-30, found nan"),
         (shapes(64, 64), 1.0, "NVIDIA GPU of compute capability 9.0"),
     ],
-    ids=["head-sizes", "narrow-v", "float32", "scale", "no-gpu"],
+    ids=["head-sizes", "narrow-v", "float32", "scale", "tiny-scale", "nan-scale", "no-gpu"],
 )
 def test_refuses_with_the_reason(arrays, scale, reason, monkeypatch):
     monkeypatch.setattr(hardware, "compute_capability", lambda device=None: None)

@@ -247,6 +247,16 @@ def test_a_length_beyond_the_pages_counts_as_all_of_them_under_jit(rng):
     assert_close(got.out, decode(*arrays, jnp.array([160])).out)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32"])
+def test_lengths_of_any_integer_dtype(rng, dtype):
+    """The table's 320 tokens are more than 8 bits can count; the first query sees nothing."""
+    lengths = np.array([120, 1])
+    kv_pages, table, _ = cache(rng, lengths, page_size=16, max_pages=20)
+    arrays = normal(rng, (2, 2, 2, X)), kv_pages, jnp.asarray(table)
+    got = decode(*arrays, jnp.asarray(lengths.astype(dtype)))
+    chex.assert_trees_all_equal(got, decode(*arrays, lengths))
+
+
 def test_missing_kernel_is_refused_with_the_reason():
     with pytest.raises(NotImplementedError, match="'mosaic_gpu' cannot run here: needs "):
         mla_decode(**arguments(), implementation="mosaic_gpu")
