@@ -1,6 +1,7 @@
 """The loop: what it reports and saves, and how a stopped run goes on."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -95,13 +96,15 @@ def test_a_run_moves_to_a_mesh_and_back(tmp_path, config, data, uninterrupted):
 def test_a_pipeline_goes_on_to_the_same_bits_and_then_on_one_device(
     tmp_path, config, data, uninterrupted
 ):
-    """Two steps in two stages of two devices, two more, and two of `train_step`."""
+    """Four steps in two stages of two devices, the last two again, and two of `train_step`."""
     recipe = dataclasses.replace(RECIPE, num_micro_batches=2)
     staged = {"mesh": jax_mla.make_mesh(stage=2, data=2), "rules": rules.zero1()}
-    want = train(config, recipe, data, **staged, **stop_after(4)[1]).state
     with Checkpoints(tmp_path) as store:
         options = {"checkpoints": store, "resume": True, "on_notice": lambda _: None}
-        train(config, recipe, data, **options, **staged, **stop_after(2)[1])
+        stopped = train(config, recipe, data, **options, **staged, save_every=2, **stop_after(4)[1])
+        want = stopped.state
+        assert store.steps() == [2, 4]
+        shutil.rmtree(tmp_path / "step_00000004")
         state = train(config, recipe, data, **options, **staged, **stop_after(2)[1]).state
         assert_same_bits(state, want)
         of_stages = state.params["dense_layers"]["mlp"]["gate_proj"].sharding
