@@ -18,6 +18,7 @@ from pallas_kernels.flash_attention.config_sm90 import (
     group_parts,
     is_backward_fused,
 )
+from pallas_kernels.flash_attention.reference import zeros_past
 from pallas_kernels.flash_attention.work_sm90 import Masks
 
 DTYPES = ("bfloat16", "float16")
@@ -130,8 +131,7 @@ def _backward(static: Static, masks: Masks, q, k, v, dout, stats) -> tuple[jax.A
     problem = dataclasses.replace(static.problem, group_parts=parts)
     if problem.has_lengths:
         # As in `key_rows`; beside five matmuls a copy of everything is little.
-        is_past = (jnp.arange(problem.S)[None, :] >= masks.key_ends[:, None])[:, :, None, None]
-        k, v = jnp.where(is_past, 0, k), jnp.where(is_past, 0, v)
+        k, v = zeros_past(masks.key_ends, k), zeros_past(masks.key_ends, v)
     operands = masks, q, k, v, dout, stats
     if is_backward_fused(problem, static.deterministic, num_sms):
         dq, dk, dv = fused.gradients(problem, *operands, num_sms=num_sms)

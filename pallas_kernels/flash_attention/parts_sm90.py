@@ -141,6 +141,7 @@ def load_keys(
     def load_tile(read_tile, begin):
         tile = read_tile(begin)
         b, g = tile.b, tile.head // problem.group
+        key_end = masks.key_ends[b]  # here, for a load a block would delay every copy
 
         def load_block(step, _):
             j = tile.block(step - begin)
@@ -160,7 +161,7 @@ def load_keys(
             if k_gmem.last_tile is None:
                 fill_from_whole()
             else:
-                is_last = (j + 1) * config.block > masks.key_ends[b]
+                is_last = (j + 1) * config.block > key_end
                 lax.cond(is_last, fill_from_last_tile, fill_from_whole)
 
         end = begin + tile.num_blocks

@@ -50,9 +50,7 @@ def flash_attention_reference(
         lengths = jnp.full((B,), S, jnp.int32)
     else:
         lengths = jnp.asarray(lengths, jnp.int32)  # a narrower dtype may not hold S
-        # Keys past the length may hold NaN, and 0 * NaN is NaN: none may reach a matmul.
-        is_past_BS11 = (jnp.arange(S)[None, :] >= lengths[:, None])[:, :, None, None]
-        k, v = jnp.where(is_past_BS11, 0, k), jnp.where(is_past_BS11, 0, v)
+        k, v = zeros_past(lengths, k), zeros_past(lengths, v)
     query_ids = key_ids = None
     if segment_ids is not None:
         query_ids = jnp.tile(_blocks(segment_ids[:, S - T :], block_t), (1, 1, N // G))
@@ -71,6 +69,12 @@ def flash_attention_reference(
     out = _tokens(out_IBGMH, block_t)[:, :T].reshape(B, T, N, H)
     lse = _tokens(lse_IBGM[..., None], block_t)[:, :T].reshape(B, T, N)
     return (out, lse) if return_lse else out
+
+
+def zeros_past(lengths, x):
+    """`x` "B S G K" without what keys past a length may hold: NaN, and 0 * NaN is NaN."""
+    is_past_BS11 = (jnp.arange(x.shape[1])[None, :] >= lengths[:, None])[:, :, None, None]
+    return jnp.where(is_past_BS11, 0, x)
 
 
 def block_sizes(heads, T, S, block_scores=None):

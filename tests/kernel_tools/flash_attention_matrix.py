@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import flash_attention
+from pallas_kernels.bench import errors
 
 FACTOR = {"out": 2, "lse": 2, "dq": 3, "dk": 3, "dv": 3}
 LSE_ROUNDING = 1e-5  # RMS relative to RMS: exponentials of a GPU are approximate
@@ -116,24 +117,3 @@ def make_arrays(case: Case, options: dict, seed: int) -> tuple:
 def _cast(inputs, cotangents, dtype):
     dout, dlse = cotangents
     return tuple(x.astype(dtype) for x in inputs), (dout.astype(dtype), dlse)
-
-
-def errors(got, want) -> tuple[float, float]:
-    """RMS of the difference relative to that of `want`: of all, and of the worst row.
-
-    A row, which is the last axis, is compared with its own RMS and that of all. Infinite where NaN
-    or infinities are in other places.
-    """
-
-    def rms(x, axis=None):
-        return jnp.sqrt(jnp.mean(x**2, axis))
-
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    is_finite = jnp.isfinite(want)
-    is_alike = jnp.where(is_finite, jnp.isfinite(got), (got == want) | jnp.isnan(got + want))
-    if not is_alike.all():
-        return float("inf"), float("inf")
-    difference, want = (jnp.where(is_finite, x, 0) for x in (got - want, want))
-    whole = jnp.maximum(rms(want), 1e-30)
-    rows = rms(difference, -1) / (rms(want, -1) + whole)
-    return float(rms(difference) / whole), float(rows.max())

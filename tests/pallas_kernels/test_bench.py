@@ -113,7 +113,7 @@ def test_nan_counts_as_wrong_and_is_not_written(quick, with_a_kernel, tmp_path):
     path = tmp_path / "figures.json"
     assert bench.main(["--quick", "grouped_matmul", "--json", str(path)]) == 1
     ours, xla = json.loads(path.read_text(), parse_constant=pytest.fail)["results"]
-    assert ours["note"] == "WRONG: relative RMS error nan, nan in the worst row"
+    assert ours["note"] == "WRONG: relative RMS error inf, inf in the worst row"
     assert ours["us"] is None and ours["worst_row_error"] is None
     assert ours["relative_rms_error"] is None and xla["us"] > 0
 

@@ -14,6 +14,7 @@ from kernel_tools.interpreter import run_simulated
 from numerics import assert_close, normal, poison
 
 from pallas_kernels import dispatch, flash_attention, hardware
+from pallas_kernels.bench import errors
 from pallas_kernels.flash_attention.api import IMPLEMENTATIONS
 from pallas_kernels.flash_attention.config_sm90 import (
     BACKWARD_KEYS,
@@ -383,7 +384,7 @@ def test_gradients_equal_cudnn(rng, K, H, causal, deterministic):
     for got, want in zip(
         jax.vjp(ours, q, k, v)[1](dout), jax.vjp(cudnn, q, k, v)[1](dout), strict=True
     ):
-        assert matrix.errors(got, want)[0] <= 1e-2
+        assert errors(got, want)[0] <= 1e-2
 
 
 @pytest.mark.gpu
