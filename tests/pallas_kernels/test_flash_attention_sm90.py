@@ -27,7 +27,7 @@ from pallas_kernels.flash_attention.config_sm90 import (
 from pallas_kernels.flash_attention.launch_sm90 import _masks, flash_attention_sm90
 from pallas_kernels.flash_attention.reference import flash_attention_reference
 
-NUM_SMS = 132
+NUM_SMS = hardware.H200_NUM_SMS
 KERNELS = ("flash_attention_forward", "flash_attention_dq", "flash_attention_dk_dv")
 # JAX 0.10 does not tell the compiler the name of a kernel with a sum.
 FUSED_KERNEL = "flash_attention_backward" if jax.__version_info__ >= (0, 11) else "new_body"
@@ -385,13 +385,3 @@ def test_gradients_equal_cudnn(rng, K, H, causal, deterministic):
         jax.vjp(ours, q, k, v)[1](dout), jax.vjp(cudnn, q, k, v)[1](dout), strict=True
     ):
         assert errors(got, want)[0] <= 1e-2
-
-
-@pytest.mark.gpu
-def test_gradients_are_bitwise_reproducible(rng):
-    arrays = inputs(rng, 2, 2048, 2048, 8, 2, 192, 128, "bfloat16")
-    attend = functools.partial(flash_attention, implementation="mosaic_gpu", deterministic=True)
-    run = jax.jit(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout))
-    first, *others = [run(*arrays) for _ in range(3)]
-    for other in others:
-        jax.tree.map(np.testing.assert_array_equal, other, first)
