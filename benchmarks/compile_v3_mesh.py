@@ -135,11 +135,12 @@ def lower_decode(config, devices, _):
     from jax.sharding import NamedSharding, PartitionSpec
 
     import jax_mla
-    from jax_mla import rules as published
+    from jax_mla.sharding import layouts as published
+    from jax_mla.sharding.placement import partition_spec
 
     mesh, rules = jax_mla.make_mesh(expert=DEVICES, devices=devices), published.dp_attention_ep()
     batch, tokens = 1024, 16_384
-    of_batch = rules.spec(("batch",))[0]
+    of_batch = partition_spec(rules, ("batch",))[0]
     params = placed(
         jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config)),
         jax_mla.param_shardings(config, mesh, rules),
@@ -168,6 +169,7 @@ def lower_training(config, devices, name):
     from jax.sharding import NamedSharding
 
     import jax_mla
+    from jax_mla.sharding.placement import partition_spec
     from jax_mla.training import Batch, Precision, Recipe, abstract_state, train_step
 
     mesh = jax_mla.make_mesh(fsdp=8, expert=8, devices=devices)
@@ -182,7 +184,7 @@ def lower_training(config, devices, name):
     precision = Precision() if wide else Precision(param="bfloat16", reduce="bfloat16")
     recipe = Recipe(num_steps=1000, precision=precision, remat="full", balance_loss=1e-4)
     state = abstract_state(config, recipe=recipe, mesh=mesh, rules=rules)
-    rows = NamedSharding(mesh, rules.spec(("batch", "sequence")))
+    rows = NamedSharding(mesh, partition_spec(rules, ("batch", "sequence")))
     batch = Batch(jax.ShapeDtypeStruct((DEVICES, 4096), "int32", sharding=rows))
     held = {"weights": bytes_a_device(state.params), "moments": bytes_a_device(state.opt_state)}
     return train_step.lower(state, config, batch, recipe=recipe, mesh=mesh, rules=rules), held

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 import jax_mla
-from jax_mla import pipeline as pp
 from jax_mla.training import Batch, Precision, Recipe, next_token_loss
+from jax_mla.training import pipeline as pp
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # read when the first array is made

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_mla
-from jax_mla import rules
+from jax_mla.sharding import layouts
 from jax_mla.training import next_token_loss
 
 jax.config.update("jax_platforms", "cpu")
@@ -44,12 +44,12 @@ print(f"pmap: loss {value[0]:.6f}, lm_head {copies['lm_head'].shape}: a copy for
 
 @jax.jit
 def jit_step(params, tokens):
-    value, gradients = jax.value_and_grad(loss)(params, tokens, rules.ddp())
+    value, gradients = jax.value_and_grad(loss)(params, tokens, layouts.ddp())
     return value, descend(params, gradients)
 
 
 mesh = jax_mla.make_mesh(data=8)
-placed = jax.device_put(params, jax_mla.param_shardings(config, mesh, rules.ddp()))
+placed = jax.device_put(params, jax_mla.param_shardings(config, mesh, layouts.ddp()))
 value, placed = jit_step(placed, jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data"))))
 print(f"jit:  loss {value:.6f}, lm_head {placed['lm_head'].shape} on every device")
 

@@ -9,18 +9,18 @@ import dataclasses
 import jax
 
 import jax_mla
-from jax_mla import rules
+from jax_mla.sharding import layouts
 from jax_mla.training import next_token_loss
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # read when the first array is made
 
 LAYOUTS = {
-    "DP": ({"data": 8}, rules.ddp()),
-    "TP": ({"tensor": 2}, rules.tensor_parallel()),
-    "DP x TP": ({"data": 4, "tensor": 2}, rules.tensor_parallel()),
-    "FSDP (ZeRO-3)": ({"data": 8}, rules.zero3()),
-    "EP, attention DP": ({"expert": 8}, rules.dp_attention_ep()),
+    "DP": ({"data": 8}, layouts.ddp()),
+    "TP": ({"tensor": 2}, layouts.tensor_parallel()),
+    "DP x TP": ({"data": 4, "tensor": 2}, layouts.tensor_parallel()),
+    "FSDP (ZeRO-3)": ({"data": 8}, layouts.zero3()),
+    "EP, attention DP": ({"expert": 8}, layouts.dp_attention_ep()),
     "context parallel": ({"sequence": 8}, jax_mla.ShardingRules()),
 }
 
@@ -49,7 +49,7 @@ def main():
 
     print("\nTensor parallelism, tensor by tensor:")
     mesh = jax_mla.make_mesh(tensor=2)
-    layout = rules.tensor_parallel()
+    layout = layouts.tensor_parallel()
     placed = jax.device_put(params, jax_mla.param_shardings(config, mesh, layout))
     print(jax_mla.explain_sharding(placed, config)[1])
 

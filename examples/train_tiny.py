@@ -25,7 +25,10 @@ parser.add_argument("--out", help="folder to save the trained model in")
 args, config, where = parser.parse_args(), jax_mla.tiny(), {}
 if args.devices:
     jax.config.update("jax_num_cpu_devices", args.devices)  # without effect on GPUs
-    where = {"mesh": jax_mla.make_mesh(data=args.devices), "rules": jax_mla.rules.zero3()}
+    where = {
+        "mesh": jax_mla.make_mesh(data=args.devices),
+        "rules": jax_mla.sharding.layouts.zero3(),
+    }
 
 
 def rows(path):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# Names are imported on first use, so that the command line starts without jax.
+# Imported on first use, so that the command line starts without jax.
 _HOME = {
     "DeepSeekConfig": "config",
     "RopeScaling": "config",
@@ -25,61 +25,59 @@ _HOME = {
     "v2": "config",
     "v3": "config",
     "kimi_k2": "config",
-    "init": "functional",
+    "init": "params",
+    "bind": "params",
+    "param_shardings": "params",
     "forward": "functional",
     "forward_trace": "functional",
     "prefill": "functional",
     "decode_step": "functional",
-    "param_shardings": "functional",
-    "LatentCache": "cache",
-    "PagedLatentCache": "cache",
-    "explain_sharding": "explain",
-    "explain_collectives": "explain",
+    "LatentCache": "cache.latent",
+    "PagedLatentCache": "cache.latent",
+    "explain_sharding": "analysis.placement",
+    "explain_collectives": "analysis.collectives",
     "generate": "generation",
-    "sample": "sampling",
+    "sample": "generation",
     "load": "checkpoint",
     "save": "checkpoint",
-    "make_mesh": "sharding",
-    "ShardingRules": "sharding",
+    "make_mesh": "sharding.mesh",
+    "ShardingRules": "sharding.rules",
     "MLA": "layers.mla",
     "RMSNorm": "layers.norm",
     "SwiGLU": "layers.mlp",
     "MoE": "layers.moe",
-    "GroupedQueryAttention": "layers.attention",
-    "KeyValueCache": "layers.attention",
+    "GroupedQueryAttention": "layers.gqa",
+    "KeyValueCache": "layers.gqa",
     "Block": "layers.block",
     "DeepSeek": "model",
 }
+_SUBPACKAGES = {"analysis", "checkpoint", "layers", "sharding", "text", "training"}
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from jax_mla.cache import LatentCache, PagedLatentCache
+    from jax_mla import analysis, checkpoint, layers, sharding, text, training
+    from jax_mla.analysis.collectives import explain_collectives
+    from jax_mla.analysis.placement import explain_sharding
+    from jax_mla.cache.latent import LatentCache, PagedLatentCache
     from jax_mla.checkpoint import load, save
     from jax_mla.config import DeepSeekConfig, RopeScaling, kimi_k2, tiny, v2, v2_lite, v3
-    from jax_mla.explain import explain_collectives, explain_sharding
-    from jax_mla.functional import (
-        decode_step,
-        forward,
-        forward_trace,
-        init,
-        param_shardings,
-        prefill,
-    )
-    from jax_mla.generation import generate
-    from jax_mla.layers.attention import GroupedQueryAttention, KeyValueCache
+    from jax_mla.functional import decode_step, forward, forward_trace, prefill
+    from jax_mla.generation import generate, sample
     from jax_mla.layers.block import Block
+    from jax_mla.layers.gqa import GroupedQueryAttention, KeyValueCache
     from jax_mla.layers.mla import MLA
     from jax_mla.layers.mlp import SwiGLU
     from jax_mla.layers.moe import MoE
     from jax_mla.layers.norm import RMSNorm
     from jax_mla.model import DeepSeek
-    from jax_mla.sampling import sample
-    from jax_mla.sharding import ShardingRules, make_mesh
+    from jax_mla.params import bind, init, param_shardings
+    from jax_mla.sharding.mesh import make_mesh
+    from jax_mla.sharding.rules import ShardingRules
 
 
 def __getattr__(name: str):
-    if name == "rules":
-        return importlib.import_module("jax_mla.rules")
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"jax_mla.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'jax_mla' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"jax_mla.{_HOME[name]}"), name)
@@ -91,4 +89,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*__all__, *_SUBPACKAGES})

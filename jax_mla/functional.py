@@ -3,116 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from jax_mla import inputs
-from jax_mla.cache import Cache, advance, capacity
-from jax_mla.config import DeepSeekConfig
-from jax_mla.layers.mla import Form, resolve_form
-from jax_mla.model import DeepSeek, ForwardTrace
-from jax_mla.sharding import Placement, ShardingRules, placement_of
-
-Params = dict[str, Any]
-
-
-@functools.lru_cache
-def _split_abstract(
-    config: DeepSeekConfig,
-    placement: Placement | None = None,
-    layers: tuple[int, int] | None = None,
-):
-    """GraphDef and State of the model with shapes instead of arrays. Needs no devices."""
-    options = {"placement": placement, "layers": layers}
-    return nnx.split(nnx.eval_shape(lambda: DeepSeek(config, rngs=nnx.Rngs(0), **options)))
-
-
-def bind(
-    params: Params,
-    config: DeepSeekConfig,
-    rules: ShardingRules | None = None,
-    *,
-    layers: tuple[int, int] | None = None,
-) -> DeepSeek:
-    """The module that computes with `params`, where they lie. Call inside jit; it copies nothing.
-
-    Args:
-      rules: those by which the parameters were put on their mesh; None takes the defaults.
-      layers: the first and the end of those that `params` hold, a part of the model; None: all.
-
-    Raises:
-      ValueError: the parameters are not those of the config, every difference is listed; or there
-        are rules and no mesh.
-    """
-    check_params(params, config, rules, layers)
-    graphdef, abstract = _split_abstract(config, placement_of(params, rules), layers)
-    state = jax.tree.map(lambda leaf: leaf, abstract)
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
-
-
-def check_params(
-    params: Params,
-    config: DeepSeekConfig,
-    rules: ShardingRules | None,
-    layers: tuple[int, int] | None = None,
-) -> None:
-    """The parameters have the names and shapes that the config asks for."""
-    inputs.check_config(config)
-    _, abstract = _split_abstract(config, placement_of(params, rules), layers)
-    inputs.check_params(params, nnx.to_pure_dict(abstract))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def init(key: Array, config: DeepSeekConfig) -> Params:
-    """Random parameters: weights normal with stddev config.initializer_range, norms 1, biases 0.
-
-    Returns:
-      A nested dict of arrays in config.dtype. Layers of one kind are stacked: every leaf below
-      `dense_layers` and `moe_layers` has a leading layer axis.
-    """
-    return nnx.to_pure_dict(nnx.state(DeepSeek(config, rngs=nnx.Rngs(key)), nnx.Param))
-
-
-def param_shardings(
-    config: DeepSeekConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None
-) -> Params:
-    """The tree of `init`, holding a NamedSharding where `init` holds an array.
-
-    Args:
-      mesh: an abstract one, of no devices, serves for shapes and for lowering.
-      rules: None takes the defaults of ShardingRules.
-
-    Raises:
-      ValueError: a mesh axis does not divide the axis that it is to split; both sizes are named.
-      NotImplementedError: the mesh's platform lacks what the rules' expert_dispatch needs.
-    """
-    placement = Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
-    _, state = _split_abstract(config)
-
-    def place(path, variable):
-        axes = variable.get_metadata("logical_axes")
-        spec = placement.spec(*axes)
-        inputs.check_divides(path, variable.get_value().shape, axes, spec, mesh)
-        return NamedSharding(mesh, spec)
-
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    placed = jax.tree_util.tree_map_with_path(place, state, is_leaf=is_variable)
-    return nnx.to_pure_dict(placed)
-
-
-def logical_axes(config: DeepSeekConfig) -> Params:
-    """The tree of `init`, holding the tuple of its logical axes where `init` holds an array."""
-    _, state = _split_abstract(config)
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    named = jax.tree.map(lambda v: v.get_metadata("logical_axes"), state, is_leaf=is_variable)
-    return nnx.to_pure_dict(named)
+from jax_mla.cache.check import check_cache, longest
+from jax_mla.cache.latent import Cache
+from jax_mla.cache.pages import advance, capacity
+from jax_mla.checks.tokens import check_aligned, check_lengths, check_tokens
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.layers.mla.forms import Form, resolve_form
+from jax_mla.model import ForwardTrace
+from jax_mla.params import Params, bind
+from jax_mla.sharding.divide import check_split
+from jax_mla.sharding.placement import placement_of
+from jax_mla.sharding.rules import ShardingRules
 
 
 def forward(
@@ -148,9 +55,9 @@ def forward(
 
 def _check_forward(params, config, tokens, positions, segment_ids, rules):
     """Tokens, positions and segment ids as int32, checked; the last two may be None."""
-    tokens = inputs.check_tokens(tokens, config)
-    inputs.check_split(tokens, placement_of(params, rules))
-    return tokens, *inputs.check_aligned(tokens, config, positions, segment_ids)
+    tokens = check_tokens(tokens, config)
+    check_split(tokens, placement_of(params, rules))
+    return tokens, *check_aligned(tokens, config, positions, segment_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "form", "rules"))
@@ -211,12 +118,12 @@ def prefill(
       ValueError: a token id is outside the vocabulary, a prompt does not fit into the cache, or a
         page that is needed does not exist.
     """
-    tokens = inputs.check_tokens(tokens, config)
-    lengths = inputs.check_lengths(lengths, tokens)
+    tokens = check_tokens(tokens, config)
+    lengths = check_lengths(lengths, tokens)
     placement = placement_of(params, rules)
-    inputs.check_split(tokens, placement)
-    inputs.check_cache(cache, config, lengths, placement=placement)
-    has_context = inputs.longest(cache) != 0
+    check_split(tokens, placement)
+    check_cache(cache, config, lengths, placement=placement)
+    has_context = longest(cache) != 0
     form = _form(form, config, tokens.shape[1], cache)
     options = {"has_context": has_context, "form": form, "rules": rules}
     return _prefill(params, config, tokens, cache, lengths, **options)
@@ -231,7 +138,7 @@ def _prefill(params, config, tokens, cache, lengths, *, has_context, form, rules
 
 
 def _form(form: Form | None, config: DeepSeekConfig, num_queries: int, cache: Cache) -> Form:
-    cached = inputs.longest(cache)
+    cached = longest(cache)
     if cached is None:
         cached = max(capacity(cache) - num_queries, 0)
     return resolve_form(form, config, num_queries, cached)
@@ -261,11 +168,11 @@ def decode_step(
     Raises:
       ValueError: as `prefill`.
     """
-    token = inputs.check_tokens(token, config, num_axes=(1, 2))
+    token = check_tokens(token, config, num_axes=(1, 2))
     num_new = token.shape[1] if token.ndim == 2 else 1
     placement = placement_of(params, rules)
-    inputs.check_split(token, placement, ("batch",))
-    inputs.check_cache(cache, config, num_new, batch=token.shape[0], placement=placement)
+    check_split(token, placement, ("batch",))
+    check_cache(cache, config, num_new, batch=token.shape[0], placement=placement)
     form = "absorbed" if form is None and num_new == 1 else _form(form, config, num_new, cache)
     return _decode_step(params, config, token, cache, form=form, rules=rules)
 

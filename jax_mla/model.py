@@ -12,16 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jax_mla.cache import Cache, own_lengths
-from jax_mla.config import DeepSeekConfig
+from jax_mla.cache.latent import Cache
+from jax_mla.cache.shards import own_lengths
+from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.block import Block, Remat, scan_stack, stack
-from jax_mla.layers.mla import Form
-from jax_mla.layers.moe import Routing
+from jax_mla.layers.linear import weight
+from jax_mla.layers.mla.forms import Form
+from jax_mla.layers.mla.stripes import from_stripes, to_stripes
+from jax_mla.layers.moe.router import Routing
 from jax_mla.layers.norm import RMSNorm
 from jax_mla.layers.rope import rope_tables
-from jax_mla.layers.stripes import from_stripes, to_stripes
-from jax_mla.layers.weight import weight
-from jax_mla.sharding import Placement
+from jax_mla.sharding.placement import Placement
 from pallas_kernels import mla_decode_plan
 
 

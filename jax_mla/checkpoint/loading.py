@@ -14,16 +14,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jax_mla.arrays import check_dtype
 from jax_mla.checkpoint.folder import open_folder
 from jax_mla.checkpoint.matching import match
-from jax_mla.checkpoint.names import Leaf
 from jax_mla.checkpoint.progress import ByteProgress
 from jax_mla.checkpoint.reading import Bounds, read_leaf
-from jax_mla.config import DeepSeekConfig
+from jax_mla.checks.arrays import check_dtype
+from jax_mla.config.leaves import Leaf
+from jax_mla.config.model import DeepSeekConfig
 
 if TYPE_CHECKING:
-    from jax_mla.sharding import ShardingRules
+    from jax_mla.sharding.rules import ShardingRules
 
 # A leaf up to this size is read whole, which needs no compilation; a larger one layer by layer.
 _WHOLE_BYTES = 64 * 2**20
@@ -92,7 +92,7 @@ def _shardings(
         if rules is not None:
             raise ValueError(f"rules say how to split over a mesh, got mesh=None and {rules}")
         return lambda leaf: None
-    from jax_mla.functional import param_shardings
+    from jax_mla.params import param_shardings
 
     tree: Any = param_shardings(config, mesh, rules)
     return lambda leaf: functools.reduce(lambda node, key: node[key], leaf.path, tree)

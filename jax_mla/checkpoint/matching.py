@@ -10,10 +10,11 @@ from collections import defaultdict
 
 from jax_mla.checkpoint import fp8
 from jax_mla.checkpoint.folder import CheckpointFolder
-from jax_mla.checkpoint.names import Leaf, leaves_of, published
 from jax_mla.checkpoint.problems import refuse
+from jax_mla.checkpoint.published import published
 from jax_mla.checkpoint.safetensors_file import FP8, NUMPY_DTYPES, StoredTensor
-from jax_mla.config import DeepSeekConfig
+from jax_mla.config.leaves import Leaf, leaves_of
+from jax_mla.config.model import DeepSeekConfig
 
 _LOG = logging.getLogger("jax_mla")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -9,8 +9,8 @@ import numpy as np
 
 from jax_mla.checkpoint import fp8
 from jax_mla.checkpoint.matching import Matched
-from jax_mla.checkpoint.names import Leaf
 from jax_mla.checkpoint.safetensors_file import FP8
+from jax_mla.config.leaves import Leaf
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) for each axis
 

@@ -16,10 +16,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jax_mla.checkpoint.folder import INDEX, SINGLE
-from jax_mla.checkpoint.names import Fills, Leaf, leaves_of, published
 from jax_mla.checkpoint.problems import refuse
 from jax_mla.checkpoint.progress import ByteProgress
-from jax_mla.config import DTYPES, DeepSeekConfig
+from jax_mla.checkpoint.published import Fills, published
+from jax_mla.config.leaves import Leaf, leaves_of
+from jax_mla.config.model import DTYPES, DeepSeekConfig
 
 
 def save(

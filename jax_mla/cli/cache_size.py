@@ -1,6 +1,6 @@
 """What one token costs in the cache, against multi-head attention with the same heads."""
 
-from jax_mla.config import DTYPE_BYTES, DeepSeekConfig
+from jax_mla.config.model import DTYPE_BYTES, DeepSeekConfig
 
 
 def cache_bytes_per_token(config: DeepSeekConfig) -> dict[str, int | float]:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax_mla.config import DeepSeekConfig
-from jax_mla.tokenizer import TextStream, Tokenizer
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.text.tokenizer import TextStream, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

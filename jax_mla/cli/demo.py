@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from jax_mla.cli import completion, report
-from jax_mla.tokenizer import load_tokenizer
+from jax_mla.text.tokenizer import load_tokenizer
 
 PROMPT = "And it came to pass"
 

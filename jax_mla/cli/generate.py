@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jax_mla.checkpoint.folder import read_config
 from jax_mla.cli import completion, layout, processes, report
-from jax_mla.config import DeepSeekConfig
-from jax_mla.tokenizer import load_tokenizer
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.text.tokenizer import load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from jax_mla.checkpoint.matching import match
 from jax_mla.checkpoint.safetensors_file import StoredTensor
 from jax_mla.cli import report
 from jax_mla.cli.cache_size import cache_bytes_per_token
-from jax_mla.config import DeepSeekConfig
+from jax_mla.config.model import DeepSeekConfig
 
 MTP = "multi_token_prediction"
 # The first pattern that is found in a published name says which part it belongs to.

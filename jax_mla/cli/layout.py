@@ -8,7 +8,7 @@ from jax_mla.cli.completion import positive
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jax_mla.sharding import ShardingRules
+    from jax_mla.sharding.rules import ShardingRules
 
 RULES = (
     "ddp", "zero1", "zero2", "zero3", "tensor_parallel", "context_parallel", "dp_attention_ep",
@@ -41,7 +41,7 @@ def build(args: argparse.Namespace) -> "tuple[Mesh | None, ShardingRules | None]
     import jax
 
     import jax_mla
-    from jax_mla import rules as published
+    from jax_mla.sharding import layouts as published
 
     mesh = jax_mla.make_mesh(**args.mesh) if args.mesh else None
     rules = getattr(published, args.rules)() if args.rules else None

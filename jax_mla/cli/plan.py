@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from jax_mla import config as presets
-from jax_mla import plan
+from jax_mla.analysis.memory import (
+    RECIPES,
+    serving_bytes,
+    training_bytes,
+)
 from jax_mla.checkpoint.folder import read_json
 from jax_mla.cli import report
 from jax_mla.cli.completion import positive
 from jax_mla.cli.layout import mesh_axes
-from jax_mla.config import DeepSeekConfig
+from jax_mla.config.model import DeepSeekConfig
 
 PRESETS = ("tiny", "v2_lite", "v2", "v3", "kimi_k2")
 EPILOG = """
@@ -53,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = _config(args.config)
     memory = None if args.memory_gib is None else int(args.memory_gib * 2**30)
-    recipes = [name for name in plan.RECIPES if _splits(name, args.mesh, args.train)]
+    recipes = [name for name in RECIPES if _splits(name, args.mesh, args.train)]
     rows = (_training if args.train else _serving)(config, args, recipes, memory)
     if args.json:
         sizes = {
@@ -77,7 +81,7 @@ def _training(config, args, recipes: list[str], memory: int | None) -> dict[str,
     rows = {}
     for name in recipes:
         options = {"param": args.param_dtype, "optimizer": args.optimizer}
-        found = plan.training_bytes(config, args.mesh, name, **options)
+        found = training_bytes(config, args.mesh, name, **options)
         rows[name] = dataclasses.asdict(found) | {"total": found.total}
         if memory is not None:
             rows[name]["fits"] = found.total <= memory
@@ -88,7 +92,7 @@ def _serving(config, args, recipes: list[str], memory: int | None) -> dict[str, 
     rows = {}
     for name in recipes:
         options = {"batch": args.batch, "memory_bytes": memory}
-        found = plan.serving_bytes(config, args.mesh, name, **options)
+        found = serving_bytes(config, args.mesh, name, **options)
         rows[name] = dataclasses.asdict(found)
         if memory is None:
             del rows[name]["context_tokens"]
@@ -97,7 +101,7 @@ def _serving(config, args, recipes: list[str], memory: int | None) -> dict[str, 
 
 def _splits(recipe: str, mesh: dict[str, int], is_training: bool) -> bool:
     """Whether a recipe is worth a row: "ddp" always, others where they split what is counted."""
-    split = plan.RECIPES[recipe]
+    split = RECIPES[recipe]
     counted = split.optimizer if is_training else split.parameters
     axes = {axis for names in counted.values() for axis in names}
     axes |= set() if is_training else set(split.context)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from jax_mla.cli import layout, processes, report
 from jax_mla.cli.completion import positive
 from jax_mla.cli.train_progress import Metrics
-from jax_mla.config import DeepSeekConfig, tiny
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.config.presets import tiny
 
 if TYPE_CHECKING:
     from jax_mla.training import Recipe
@@ -219,7 +220,7 @@ def _schedule(args: argparse.Namespace, mesh: Any) -> Any:
         return None
     if mesh is None or mesh.shape["stage"] == 1:
         raise ValueError(f"--pipeline {args.pipeline} orders stages, and --mesh names none")
-    from jax_mla import pipeline
+    from jax_mla.training import pipeline
 
     return {"1f1b": pipeline.one_f_one_b, "gpipe": pipeline.gpipe}[args.pipeline]
 
@@ -240,7 +241,7 @@ def _config(args: argparse.Namespace) -> DeepSeekConfig:
 
 def _tokenizer(args: argparse.Namespace, config: DeepSeekConfig) -> Any:
     """The tokenizer of the given folder, or that of the model; None where all data are tokens."""
-    from jax_mla.tokenizer import ByteTokenizer, load_tokenizer
+    from jax_mla.text.tokenizer import ByteTokenizer, load_tokenizer
 
     if all(path.suffix == ".npy" for path in args.data):
         return None

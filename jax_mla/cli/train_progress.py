@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from jax_mla.config import DeepSeekConfig
+from jax_mla.config.model import DeepSeekConfig
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -30,7 +30,7 @@ class Metrics:
     ) -> None:
         import jax
 
-        from jax_mla.training.flops import flops_per_token
+        from jax_mla.analysis.flops import flops_per_token
 
         self._is_first_process = jax.process_index() == 0
         self._path, self._num_steps, self._is_quiet = file, num_steps, is_quiet

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import jax_mla
-    from jax_mla.cli import parity
+    from jax_mla.analysis import parity
 
     golden = None if args.golden is None else _read_golden(args.golden)
     params, config = jax_mla.load(args.folder, dtype="float32")

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jax_mla.config import DeepSeekConfig
-from jax_mla.layers.mla import MLA
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.layers.mla.module import MLA
 from jax_mla.layers.mlp import SwiGLU
-from jax_mla.layers.moe import MoE, Routing
+from jax_mla.layers.moe.module import MoE
+from jax_mla.layers.moe.router import Routing
 from jax_mla.layers.norm import RMSNorm
-from jax_mla.sharding import Placement, constrain_tokens
+from jax_mla.sharding.placement import Placement, constrain_tokens
 
 Kind = Literal["dense", "moe"]
 

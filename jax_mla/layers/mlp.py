@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_mla.layers.weight import project, weight
+from jax_mla.layers.linear import project, weight
 
 
 class SwiGLU(nnx.Module):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_mla.checks import check_positive
-from jax_mla.layers.weight import constant
+from jax_mla.checks.sizes import check_positive
+from jax_mla.layers.linear import constant
 
 # The norms of the two latents use this epsilon whatever the config's rms_norm_eps is.
 LATENT_NORM_EPS = 1e-6

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from jax_mla.config import DeepSeekConfig
-from jax_mla.tokenizer import Tokenizer
-from jax_mla.training.step import Batch
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.text.tokenizer import Tokenizer
+from jax_mla.training.batch import Batch
 
 _FINGERPRINT_BYTES = 1 << 20
 _TOKEN_DTYPES = ("uint16", "uint32")

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_mla import inputs
-from jax_mla.config import DeepSeekConfig
-from jax_mla.functional import Params, bind
+from jax_mla.checks.tokens import check_batch
+from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.block import Remat
-from jax_mla.layers.moe import Routing
-from jax_mla.sharding import ShardingRules, placement_of
+from jax_mla.layers.moe.router import Routing
+from jax_mla.params import Params, bind
+from jax_mla.sharding.divide import check_split
+from jax_mla.sharding.placement import placement_of
+from jax_mla.sharding.rules import ShardingRules
 from jax_mla.training.precision import Precision
 from jax_mla.training.router_bias import expert_load
 
@@ -104,8 +106,8 @@ def next_token_loss(
     Cost: that of `forward`, and chunk_tokens * V float32 numbers a device instead of its logits, or
     those of one position of every row where that is more.
     """
-    tokens, segment_ids = inputs.check_batch(tokens, config, segment_ids, loss_mask)
-    inputs.check_split(tokens, placement_of(params, rules))
+    tokens, segment_ids = check_batch(tokens, config, segment_ids, loss_mask)
+    check_split(tokens, placement_of(params, rules))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     options = {

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jax_mla.functional import Params
+from jax_mla.params import Params
 from jax_mla.training.recipe import Recipe
 
 # Axes of a matrix product, from the end, because weights are stacked: those summed over, those

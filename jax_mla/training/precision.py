@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jax_mla.functional import Params
+from jax_mla.params import Params
 
 Float = Literal["float32", "bfloat16", "float16"]
 # They decide between nearly equal experts, so no pass narrows them.

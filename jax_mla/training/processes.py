@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jax_mla.functional import Params
+from jax_mla.params import Params
 
 
 def is_first_process() -> bool:

@@ -8,8 +8,8 @@ import math
 from typing import Literal
 
 from jax_mla.layers.block import Remat
+from jax_mla.training.learning_rate import Schedule, cosine, warmup_stable_decay
 from jax_mla.training.precision import Precision
-from jax_mla.training.schedule import Schedule, cosine, warmup_stable_decay
 
 _CHOICES = {
     "optimizer": ("adamw", "muon"),

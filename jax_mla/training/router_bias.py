@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_mla.config import DeepSeekConfig
-from jax_mla.functional import Params
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.params import Params
 
 
 def expert_load(expert_index: Int[Array, "*L B T A"], config: DeepSeekConfig) -> Int[Array, "*L E"]:

@@ -12,10 +12,9 @@ from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jax_mla import inputs
-from jax_mla.config import DeepSeekConfig
-from jax_mla.functional import Params, init, param_shardings
-from jax_mla.sharding import ShardingRules
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.params import Params, check_shapes, init, param_shardings
+from jax_mla.sharding.rules import ShardingRules
 from jax_mla.training.optimizer import make_optimizer
 from jax_mla.training.recipe import Recipe
 
@@ -59,7 +58,7 @@ def init_state(
       ValueError: the parameters are not those of the config.
     """
     if params is not None:
-        inputs.check_params(params, _abstract(config, recipe).params)
+        check_shapes(params, _abstract(config, recipe).params)
     return _maker(config, recipe, mesh, rules)(key, params)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_mla
-from jax_mla.cache import advance, append, capacity, layer_pages
+from jax_mla.cache.pages import advance, append, capacity, layer_pages
 
 CONFIG = dataclasses.replace(
     jax_mla.tiny(), kv_lora_rank=2, qk_rope_head_dim=2, num_hidden_layers=3

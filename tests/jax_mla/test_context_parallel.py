@@ -15,13 +15,13 @@ from kernel_tools import aot
 from numerics import assert_close, normal
 
 import jax_mla
-from jax_mla import rules
-from jax_mla.cache import own_lengths
-from jax_mla.layers.latent_attention import attend_new, merge_over_devices
-from jax_mla.layers.stripes import from_stripes, gather_stripes, stripe_order, to_stripes
-from jax_mla.sharding import Placement
+from jax_mla.cache.shards import own_lengths
+from jax_mla.layers.mla.attend import attend_new, merge_over_devices
+from jax_mla.layers.mla.stripes import from_stripes, gather_stripes, stripe_order, to_stripes
+from jax_mla.sharding import layouts
+from jax_mla.sharding.placement import Placement, partition_spec
 from jax_mla.training import Recipe, next_token_loss
-from jax_mla.training.step import check_rows
+from jax_mla.training.batch import check_rows
 from pallas_kernels import hardware
 
 CONFIG = dataclasses.replace(
@@ -31,7 +31,7 @@ CONFIG = dataclasses.replace(
     num_hidden_layers=2,
     first_k_dense_replace=2,  # no experts: what is split here are positions
 )
-RULES = rules.context_parallel()
+RULES = layouts.context_parallel()
 SHARES, B, T = 4, 4, 32
 SIZES = {"data": 2, "sequence": SHARES}
 
@@ -66,7 +66,9 @@ def test_stripes_are_paired_late_with_early_and_put_back(num_devices):
     mesh = jax_mla.make_mesh(sequence=num_devices)
     place, size = Placement(mesh.abstract_mesh, RULES), 3
     x = np.arange(2 * num_devices * size).reshape(1, -1, 1)
-    given = jax.device_put(x, NamedSharding(mesh, RULES.spec(("batch", "sequence", None))))
+    given = jax.device_put(
+        x, NamedSharding(mesh, partition_spec(RULES, ("batch", "sequence", None)))
+    )
     striped = jax.jit(lambda x: to_stripes(x, place))(given)
     for d, shard in enumerate(striped.addressable_shards):
         held = np.asarray(shard.data).reshape(2, size)
@@ -214,7 +216,7 @@ def test_kernels_compile_for_eight_h200s(program, monkeypatch):
     )  # fmt: skip
 
     def on_mesh(x, *axes):
-        sharding = NamedSharding(mesh, RULES.spec(axes))
+        sharding = NamedSharding(mesh, partition_spec(RULES, axes))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     shapes = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config))

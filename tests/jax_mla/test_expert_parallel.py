@@ -18,11 +18,12 @@ from kernel_tools import aot
 from numerics import assert_close, normal
 
 import jax_mla
-from jax_mla import rules
-from jax_mla.checks import MESH_AXES
-from jax_mla.layers.expert_exchange import padded_slots, ragged_sizes, received_experts
-from jax_mla.layers.expert_parallel import apply_local, apply_on_mesh, count_dropped
-from jax_mla.sharding import Placement
+from jax_mla.layers.moe.exchange import padded_slots, ragged_sizes, received_experts
+from jax_mla.layers.moe.experts import apply_local
+from jax_mla.layers.moe.on_mesh import apply_on_mesh, count_dropped
+from jax_mla.sharding import layouts
+from jax_mla.sharding.axes import MESH_AXES
+from jax_mla.sharding.placement import Placement, partition_spec
 from jax_mla.training import next_token_loss
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), num_attention_heads=4, num_hidden_layers=3)
@@ -30,13 +31,13 @@ E, A, D, F = 16, 3, 8, 4
 B, T = 8, 6
 # Tokens split over the devices of the experts, not split, and one after the other.
 LAYOUTS = {
-    "split": ({"expert": 8}, rules.dp_attention_ep()),
-    "replicated": ({"data": 2, "expert": 4}, rules.tensor_parallel()),
+    "split": ({"expert": 8}, layouts.dp_attention_ep()),
+    "replicated": ({"data": 2, "expert": 4}, layouts.tensor_parallel()),
     "two_axes": (
         {"tensor": 2, "expert": 4},
-        dataclasses.replace(rules.dp_attention_ep(), expert=("expert", "tensor")),
+        dataclasses.replace(layouts.dp_attention_ep(), expert=("expert", "tensor")),
     ),
-    "width": ({"tensor": 2, "expert": 4}, rules.tensor_parallel()),
+    "width": ({"tensor": 2, "expert": 4}, layouts.tensor_parallel()),
 }
 
 # Devices that the experts are on; parts of the batch; devices that share each part's tokens.
@@ -204,7 +205,7 @@ def test_tokens_that_cannot_be_shared_evenly(dispatch, layout, rng, emulated):
 
 def test_ragged_is_refused_on_a_cpu():
     message = r"'ragged' cannot run on platform 'cpu', .* use 'a2a' or 'dense'"
-    recipe = dataclasses.replace(rules.dp_attention_ep(), expert_dispatch="ragged")
+    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_dispatch="ragged")
     mesh = jax_mla.make_mesh(expert=8)
     with pytest.raises(NotImplementedError, match=message):
         jax_mla.param_shardings(CONFIG, mesh, recipe)
@@ -212,7 +213,7 @@ def test_ragged_is_refused_on_a_cpu():
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        jax_mla.param_shardings(CONFIG, mesh, rules.dp_attention_ep()),
+        jax_mla.param_shardings(CONFIG, mesh, layouts.dp_attention_ep()),
     )
     tokens = np.zeros((8, 4), np.int32)
     with pytest.raises(NotImplementedError, match=message):
@@ -223,14 +224,14 @@ def test_ragged_is_refused_on_a_cpu():
 
 def lowered(mesh, function):
     """For NVIDIA GPUs, of the ragged dispatcher on a mesh of them."""
-    recipe = dataclasses.replace(rules.dp_attention_ep(), expert_dispatch="ragged")
+    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_dispatch="ragged")
     shapes = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), CONFIG))
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
         jax_mla.param_shardings(CONFIG, mesh, recipe),
     )
-    where = NamedSharding(mesh, recipe.spec(("batch", None)))
+    where = NamedSharding(mesh, partition_spec(recipe, ("batch", None)))
     tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=where)
 
     def loss(params, tokens):
@@ -337,14 +338,14 @@ def test_the_router_reports_dropped_choices(rng):
 
 
 def test_nothing_is_dropped_where_nothing_is_sent():
-    recipe = dataclasses.replace(rules.dp_attention_ep(), expert_capacity=0.5)
+    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_capacity=0.5)
     place = Placement(jax_mla.make_mesh(data=2).abstract_mesh, recipe)
     assert count_dropped(jnp.zeros((2, 3, 2), jnp.int32), E, place) == 0
 
 
 @pytest.mark.slow
 def test_forward_trace_and_loss_report_dropped_choices():
-    recipe = dataclasses.replace(rules.dp_attention_ep(), expert_capacity=0.5)
+    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_capacity=0.5)
     mesh = jax_mla.make_mesh(expert=8)
     params = jax_mla.init(jax.random.key(0), CONFIG)
     params = jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, recipe))

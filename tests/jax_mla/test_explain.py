@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 import jax_mla
-from jax_mla import rules
+from jax_mla.sharding import layouts
+from jax_mla.sharding.placement import partition_spec
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), num_attention_heads=4, num_hidden_layers=3)
 B, T, D, LAYERS, MOE_LAYERS = 8, 16, CONFIG.hidden_size, 3, 2
@@ -37,9 +38,9 @@ def total_bytes(params):
 
 
 def test_every_device_holds_all_of_ddp_and_an_eighth_of_zero3():
-    everything, _ = jax_mla.explain_sharding(shapes(rules.ddp(), data=8), CONFIG)
-    eighth, _ = jax_mla.explain_sharding(shapes(rules.zero3(), data=8), CONFIG)
-    size = total_bytes(shapes(rules.ddp(), data=8))
+    everything, _ = jax_mla.explain_sharding(shapes(layouts.ddp(), data=8), CONFIG)
+    eighth, _ = jax_mla.explain_sharding(shapes(layouts.zero3(), data=8), CONFIG)
+    size = total_bytes(shapes(layouts.ddp(), data=8))
     assert sum(row.bytes_per_device for row in everything) == size
     assert sum(row.replicated_bytes for row in everything) == pytest.approx(size * 7 / 8, rel=1e-3)
     # All but norms and the router's bias is split.
@@ -50,7 +51,7 @@ def test_every_device_holds_all_of_ddp_and_an_eighth_of_zero3():
 
 def test_a_row_names_its_axes():
     rows, table = jax_mla.explain_sharding(
-        shapes(rules.tensor_parallel(), tensor=4, expert=2), CONFIG
+        shapes(layouts.tensor_parallel(), tensor=4, expert=2), CONFIG
     )
     row = next(row for row in rows if row.name == "moe_layers.mlp.experts.down_proj")
     assert row.logical_axes == ("layers", "expert", "mlp", "embed")
@@ -60,11 +61,11 @@ def test_a_row_names_its_axes():
 
 
 def test_data_parallel_forward_sends_nothing():
-    assert collectives(rules.ddp(), data=8) == []
+    assert collectives(layouts.ddp(), data=8) == []
 
 
 def test_tensor_parallel_sends_one_all_reduce_a_half_block():
-    rows = collectives(rules.tensor_parallel(), tensor=4)
+    rows = collectives(layouts.tensor_parallel(), tensor=4)
     assert {row.kind for row in rows} == {"all-reduce"} and {row.group_size for row in rows} == {4}
     assert sum(row.calls for row in rows) == 1 + 2 * LAYERS  # the embedding, two a layer
     each = 2 * 3 / 4 * B * T * D * 4
@@ -73,8 +74,8 @@ def test_tensor_parallel_sends_one_all_reduce_a_half_block():
 
 
 def test_zero3_gathers_every_split_parameter_once():
-    rows = collectives(rules.zero3(), data=8)
-    params = shapes(rules.zero3(), data=8)
+    rows = collectives(layouts.zero3(), data=8)
+    params = shapes(layouts.zero3(), data=8)
     split = [r for r in jax_mla.explain_sharding(params)[0] if r.mesh_axes != ((),) * len(r.shape)]
     # The embedding is looked up where it lies, and its rows are exchanged.
     gathered = sum(8 * r.bytes_per_device for r in split if r.name != "embed_tokens")
@@ -84,7 +85,7 @@ def test_zero3_gathers_every_split_parameter_once():
 
 @pytest.mark.parametrize("capacity", [None, 0.75], ids=["dropless", "capacity"])
 def test_expert_parallel_sends_tokens_and_no_weights(capacity):
-    recipe = dataclasses.replace(rules.dp_attention_ep(), expert_capacity=capacity)
+    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_capacity=capacity)
     rows = collectives(recipe, expert=8)
     assert {row.kind for row in rows} == {"all-to-all"}
     there_and_back = 2 * MOE_LAYERS
@@ -97,7 +98,7 @@ def test_expert_parallel_sends_tokens_and_no_weights(capacity):
 
 
 def test_context_parallel_gathers_latents_and_puts_tokens_in_order():
-    rows = collectives(rules.context_parallel(), sequence=4)
+    rows = collectives(layouts.context_parallel(), sequence=4)
     sent = {(row.kind, row.calls): row.bytes_per_device for row in rows}
     T_own = T // 4
     assert sent == {
@@ -108,12 +109,12 @@ def test_context_parallel_gathers_latents_and_puts_tokens_in_order():
 
 
 def test_decoding_from_a_split_cache_sends_outputs_only():
-    recipe = rules.context_parallel()
+    recipe = layouts.context_parallel()
     mesh = jax_mla.make_mesh(sequence=4)
     cache = jax.eval_shape(
         lambda: jax_mla.LatentCache.empty(CONFIG, B, 64, page_size=8, num_shares=4)
     )
-    pages = NamedSharding(mesh, recipe.spec((None, ("context", "batch"), None, None)))
+    pages = NamedSharding(mesh, partition_spec(recipe, (None, ("context", "batch"), None, None)))
     pages = jax.ShapeDtypeStruct(cache.pages.shape, cache.pages.dtype, sharding=pages)
     cache = dataclasses.replace(cache, pages=pages)
     token = jnp.zeros(B, jnp.int32)
@@ -141,7 +142,7 @@ def test_arrays_on_no_mesh_are_refused():
     ],
 )
 def test_groups_are_read_in_every_spelling(groups, size):
-    from jax_mla.explain import _group_size
+    from jax_mla.analysis.collectives import _group_size
 
     assert _group_size(f"%x = f32[2] all-reduce(%y), {groups}, to_apply=%add") == size
 
@@ -161,7 +162,7 @@ def test_groups_are_read_in_every_spelling(groups, size):
     ids=["at once", "one", "two", "nothing given", "permute"],
 )
 def test_of_what_is_started_the_results_count(line, arrays):
-    from jax_mla.explain import _KIND, _results
+    from jax_mla.analysis.collectives import _KIND, _results
 
     found = _results(_KIND.search(line)[1], line)
     assert " ".join(f"{dtype}[{dims}]" for dtype, dims in found) == arrays

@@ -11,7 +11,7 @@ from numerics import POISONS, assert_close
 
 import jax_mla
 from jax_mla import functional
-from jax_mla.layers.mla import choose_form
+from jax_mla.layers.mla.forms import choose_form
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.1, num_hidden_layers=3)
 

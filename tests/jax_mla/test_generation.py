@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_mla
-from jax_mla import generation
+from jax_mla.generation import buckets, loop
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.1, num_hidden_layers=2)
 STEPS = 6
@@ -132,9 +132,9 @@ def compiled():
 def test_one_trace_a_bucket(stream, params, monkeypatch, compiled):
     chex.clear_trace_counter()
     for name in ("_start", "_loop", "_step_on_host"):
-        once = chex.assert_max_traces(getattr(generation, name).__wrapped__, n=1)
+        once = chex.assert_max_traces(getattr(loop, name).__wrapped__, n=1)
         static = ("run", "new_bucket") if name == "_start" else "run"
-        monkeypatch.setattr(generation, name, jax.jit(once, static_argnames=static))
+        monkeypatch.setattr(loop, name, jax.jit(once, static_argnames=static))
 
     def run(length, steps, seed):
         tokens = np.random.default_rng(seed).integers(0, 256, (2, length))
@@ -158,18 +158,18 @@ def test_one_trace_a_bucket(stream, params, monkeypatch, compiled):
     [(1, 64), (64, 64), (65, 128), (256, 256), (257, 320), (513, 640), (4097, 5120), (8192, 8192)],
 )
 def test_buckets(size, bucket):
-    assert generation._bucket(size) == bucket
+    assert buckets.bucket(size) == bucket
 
 
 def test_prompts_in_stripes_equal_forward(params, prompts, greedy):
     """On three devices, which divide no bucket, nor prompts of 9 tokens into six stripes."""
-    rules, mesh = jax_mla.rules.context_parallel(), jax_mla.make_mesh(sequence=3)
+    rules, mesh = jax_mla.sharding.layouts.context_parallel(), jax_mla.make_mesh(sequence=3)
     placed = jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, rules))
     np.testing.assert_array_equal(run(placed, prompts, rules=rules).tokens, greedy)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_refused_as_they_were_given(params, prompts):
-    rules, mesh = jax_mla.rules.ddp(), jax_mla.make_mesh(data=2)
+    rules, mesh = jax_mla.sharding.layouts.ddp(), jax_mla.make_mesh(data=2)
     placed = jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, rules))
     with pytest.raises(ValueError, match=r"shape \(3, 9\) cannot be split over 2 devices"):
         run(placed, prompts, rules=rules)

@@ -212,7 +212,7 @@ def test_a_mistake_is_seen(name, mistake):
 
 def test_wrong_inner_norm_epsilon_is_seen(monkeypatch):
     """The norms of the latents use 1e-6 although this set's rms_norm_eps is 1e-3."""
-    from jax_mla.layers import mla
+    from jax_mla.layers.mla import module as mla
 
     params, config, golden = load("v3_yarn_mscale")
     assert config.rms_norm_eps != 1e-6

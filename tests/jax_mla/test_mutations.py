@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import jax_mla
-from jax_mla import functional
-from jax_mla.config import DeepSeekConfig
-from jax_mla.layers import mla, moe
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.layers.mla import module as mla
+from jax_mla.layers.moe import module as moe
+from jax_mla.params import split_abstract
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BOUND = 5e-5  # of test_golden.py
@@ -56,7 +57,7 @@ def forget():
 
 
 def _forget():
-    functional._split_abstract.cache_clear()
+    split_abstract.cache_clear()
     jax.clear_caches()
 
 

@@ -11,23 +11,24 @@ from jax.sharding import PartitionSpec as P
 from numerics import assert_close
 
 import jax_mla
-from jax_mla import rules
+from jax_mla.sharding import layouts
+from jax_mla.sharding.placement import partition_spec
 from jax_mla.training import next_token_loss
 
 CONFIG = dataclasses.replace(
     jax_mla.tiny(), initializer_range=0.1, num_attention_heads=4, num_hidden_layers=2
 )
-A2A = dataclasses.replace(rules.tensor_parallel(), expert_dispatch="a2a")
+A2A = dataclasses.replace(layouts.tensor_parallel(), expert_dispatch="a2a")
 RECIPES = {
-    "ddp": ({"data": 8}, rules.ddp()),
-    "zero3": ({"data": 4, "fsdp": 2}, rules.zero3()),
-    "tp": ({"tensor": 4}, rules.tensor_parallel()),
-    "dp_tp": ({"data": 2, "tensor": 4}, rules.tensor_parallel()),
-    "ep_dense": ({"data": 2, "expert": 4}, rules.tensor_parallel()),
+    "ddp": ({"data": 8}, layouts.ddp()),
+    "zero3": ({"data": 4, "fsdp": 2}, layouts.zero3()),
+    "tp": ({"tensor": 4}, layouts.tensor_parallel()),
+    "dp_tp": ({"data": 2, "tensor": 4}, layouts.tensor_parallel()),
+    "ep_dense": ({"data": 2, "expert": 4}, layouts.tensor_parallel()),
     "ep_a2a": ({"data": 2, "expert": 4}, A2A),
     "dp_tp_ep": ({"data": 2, "tensor": 2, "expert": 2}, A2A),
-    "dp_attention_ep": ({"data": 2, "expert": 4}, rules.dp_attention_ep()),
-    "ep_8_ranks": ({"expert": 8}, rules.dp_attention_ep()),
+    "dp_attention_ep": ({"data": 2, "expert": 4}, layouts.dp_attention_ep()),
+    "ep_8_ranks": ({"expert": 8}, layouts.dp_attention_ep()),
     "cp": ({"sequence": 8}, jax_mla.ShardingRules()),
     "dp_cp_tp": ({"data": 2, "sequence": 2, "tensor": 2}, jax_mla.ShardingRules()),
     "defaults": ({"fsdp": 2, "tensor": 2, "expert": 2}, None),
@@ -104,7 +105,7 @@ def test_chunked_prefill_and_decode(recipe, kind, params, tokens, logits):
         assert_close(got, logits[at, total], "float32")
         total = total + 1
     assert cache.lengths.tolist() == total.tolist()
-    batch = (recipe_rules or jax_mla.ShardingRules()).spec(("batch",))[0]
+    batch = partition_spec((recipe_rules or jax_mla.ShardingRules()), ("batch",))[0]
     expected = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, P(None, batch))
     assert cache.pages.sharding.is_equivalent_to(expected, 4)
 
@@ -157,7 +158,7 @@ def test_tokens_that_do_not_divide_are_refused(recipe, shape, message, params):
 
 def test_rules_without_a_mesh_are_refused(params, tokens):
     with pytest.raises(ValueError, match="the parameters lie on none"):
-        jax_mla.forward(params, CONFIG, tokens, rules=rules.ddp())
+        jax_mla.forward(params, CONFIG, tokens, rules=layouts.ddp())
 
 
 def test_foreign_mesh_is_refused(params, tokens):

@@ -9,6 +9,7 @@ from numerics import assert_close
 
 import jax_mla
 from jax_mla import ShardingRules
+from jax_mla.sharding.placement import partition_spec
 
 
 def test_mesh_has_all_axes_and_they_are_auto():
@@ -36,18 +37,18 @@ def test_mesh_sizes_are_positive(size):
 
 
 def test_rules_name_a_spec():
-    assert ShardingRules().spec(("layers", "expert", "embed", "mlp")) == P(
+    assert partition_spec(ShardingRules(), ("layers", "expert", "embed", "mlp")) == P(
         None, "expert", "fsdp", "tensor"
     )
     replicated = ShardingRules(vocab=None, embed=None)
-    assert replicated.spec(("vocab", "embed")) == P(None, None)
+    assert partition_spec(replicated, ("vocab", "embed")) == P(None, None)
 
 
 def test_rules_refuse_what_cannot_be():
     with pytest.raises(ValueError, match="logical axis 'headz' has no rule"):
-        ShardingRules().spec(("headz",))
+        partition_spec(ShardingRules(), ("headz",))
     with pytest.raises(ValueError, match="use mesh axis 'tensor' twice"):
-        ShardingRules(embed="tensor").spec(("embed", "mlp"))
+        partition_spec(ShardingRules(embed="tensor"), ("embed", "mlp"))
 
 
 def test_axis_that_does_not_divide_is_refused():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_mla
-from jax_mla.tokenizer import ByteTokenizer, JsonTokenizer, TextStream, load_tokenizer
+from jax_mla.text.tokenizer import ByteTokenizer, JsonTokenizer, TextStream, load_tokenizer
 
 LINE = "Über 北京 and 🙂🙃 we fly. e\u0301"
 

@@ -9,9 +9,9 @@ from safetensors.numpy import save_file
 
 from jax_mla.checkpoint import fp8
 from jax_mla.checkpoint.matching import Matched
-from jax_mla.checkpoint.names import Leaf
 from jax_mla.checkpoint.reading import read_leaf
 from jax_mla.checkpoint.safetensors_file import read_header
+from jax_mla.config.leaves import Leaf
 
 
 def repeat_and_crop(weight, scale, block):

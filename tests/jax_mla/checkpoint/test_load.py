@@ -17,9 +17,10 @@ import jax_mla
 from jax_mla.checkpoint import loading, progress
 from jax_mla.checkpoint.folder import open_folder
 from jax_mla.checkpoint.matching import match
-from jax_mla.checkpoint.names import leaves_of, published
+from jax_mla.checkpoint.published import published
 from jax_mla.checkpoint.reading import read_leaf
 from jax_mla.checkpoint.safetensors_file import StoredTensor, read_header
+from jax_mla.config.leaves import leaves_of
 
 
 @pytest.fixture

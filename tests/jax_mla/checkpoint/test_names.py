@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import jax_mla
-from jax_mla.checkpoint.names import leaves_of, published
+from jax_mla.checkpoint.published import published
 from jax_mla.checkpoint.safetensors_file import read_header
+from jax_mla.config.leaves import leaves_of
 
 PUBLISHED_SIZES = {
     "v2_lite": 15_706_484_224,

@@ -10,7 +10,7 @@ import pytest
 
 import jax_mla
 from jax_mla.cli.main import main
-from jax_mla.tokenizer import ByteTokenizer
+from jax_mla.text.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ import pytest
 from safetensors.numpy import save_file
 
 import jax_mla
-from jax_mla.checkpoint.names import leaves_of, published
+from jax_mla.checkpoint.published import published
 from jax_mla.checkpoint.safetensors_file import StoredTensor
 from jax_mla.cli.cache_size import cache_bytes_per_token
 from jax_mla.cli.inspect import part_of, summary
 from jax_mla.cli.main import main
+from jax_mla.config.leaves import leaves_of
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 

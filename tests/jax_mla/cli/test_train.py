@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import jax_mla
+from jax_mla.analysis.flops import flops_per_token
 from jax_mla.cli import layout
 from jax_mla.cli.layout import mesh_axes
 from jax_mla.cli.main import main
 from jax_mla.cli.train import Signals, _loader, _recipe, add_arguments
-from jax_mla.training.flops import flops_per_token
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_bad_mesh_axes_are_refused(small, capsys, word):
 
 
 def test_rules_are_those_that_are_published():
-    published = {n for n, v in vars(jax_mla.rules).items() if inspect.isfunction(v)}
+    published = {n for n, v in vars(jax_mla.sharding.layouts).items() if inspect.isfunction(v)}
     assert set(layout.RULES) == published
 
 

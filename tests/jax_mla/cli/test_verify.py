@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jax_mla
-from jax_mla.cli import parity
+from jax_mla.analysis import parity
 from jax_mla.cli.main import main
 
 FOLDER = Path(__file__).resolve().parents[2] / "golden/v3"

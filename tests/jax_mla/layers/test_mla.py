@@ -11,9 +11,9 @@ from kernel_tools.aot import lower_for_cuda
 from numerics import assert_close, normal
 
 import jax_mla
-from jax_mla.cache import advance
-from jax_mla.layers import latent_attention
-from jax_mla.layers.mla import choose_form
+from jax_mla.cache.pages import advance
+from jax_mla.layers.mla import attend
+from jax_mla.layers.mla.forms import choose_form
 from pallas_kernels import hardware
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.2)
@@ -158,7 +158,7 @@ def test_merging_many_blocks_of_context_does_not_add_rounding(monkeypatch, rng):
     )
     errors = []
     for block in (8, 256):
-        monkeypatch.setattr(latent_attention, "CONTEXT_BLOCK", block)
+        monkeypatch.setattr(attend, "CONTEXT_BLOCK", block)
         got = np.asarray(jax.jit(lambda *x: in_two_chunks(*x))(x, cache), np.float32)
         errors.append(np.sqrt(((got - want) ** 2).mean() / (want**2).mean()))
     assert errors[0] < 1.5 * errors[1] + 1e-3
@@ -167,7 +167,7 @@ def test_merging_many_blocks_of_context_does_not_add_rounding(monkeypatch, rng):
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 def test_ragged_chunks_over_a_cache_of_many_blocks_equal_the_equations(form, monkeypatch, rng):
     """Expanded, the cache is attended in blocks of 8 tokens, and all of it merged by lse."""
-    monkeypatch.setattr(latent_attention, "CONTEXT_BLOCK", 8)
+    monkeypatch.setattr(attend, "CONTEXT_BLOCK", 8)
     mla = layer(CONFIG)
     x = normal(rng, (3, 41, CONFIG.hidden_size))
     want, tables = written_out(mla, x), mla._tables(x)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numerics import assert_close, normal
 
 import jax_mla
-from jax_mla.layers.moe import Routing, route
+from jax_mla.layers.moe.router import Routing, route
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.2)
 E, A, D = CONFIG.n_routed_experts, CONFIG.num_experts_per_tok, CONFIG.hidden_size

@@ -9,9 +9,16 @@ import pytest
 from numerics import assert_close
 
 import jax_mla
-from jax_mla.pipeline import Pipeline, execute, gpipe, loss_and_gradients, one_f_one_b, simulate
 from jax_mla.training import Batch, Precision, Recipe
 from jax_mla.training.loss import counted, loss_sums
+from jax_mla.training.pipeline import (
+    Pipeline,
+    execute,
+    gpipe,
+    loss_and_gradients,
+    one_f_one_b,
+    simulate,
+)
 from jax_mla.training.step import objective
 
 M = 6

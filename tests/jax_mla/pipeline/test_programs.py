@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jax_mla
-from jax_mla.pipeline import Pipeline, programs
 from jax_mla.training import Batch, Precision, Recipe
+from jax_mla.training.pipeline import Pipeline, programs
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 RECIPE = Recipe(num_steps=1, precision=Precision(compute="float32"))
@@ -19,7 +19,7 @@ def last_stage(moe_config, random_params):
     """The static arguments, parameters and gradients of one layer of experts on four devices,
     gradients split as in ZeRO-2 and experts over a mesh axis; and a micro-batch there."""
     config = dataclasses.replace(moe_config, num_hidden_layers=2)
-    rules = dataclasses.replace(jax_mla.rules.zero2(), expert="expert")
+    rules = dataclasses.replace(jax_mla.sharding.layouts.zero2(), expert="expert")
     pipeline = Pipeline(config, jax_mla.make_mesh(stage=2, data=2, expert=2), rules)
     _, params = pipeline.split(random_params(config))
     static = {"pipeline": pipeline, "stage": 1, "recipe": RECIPE}

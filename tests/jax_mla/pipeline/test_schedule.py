@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from jax_mla.pipeline import Op, Schedule, gpipe, ideal_bubble, one_f_one_b, plot_timeline, simulate
+from jax_mla.training.pipeline import (
+    Op,
+    Schedule,
+    gpipe,
+    ideal_bubble,
+    one_f_one_b,
+    plot_timeline,
+    simulate,
+)
 
 SIZES = [(1, 1), (1, 5), (2, 1), (2, 2), (4, 2), (4, 4), (4, 8), (3, 7)]
 BOTH = pytest.mark.parametrize("make", [gpipe, one_f_one_b])

@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 import jax_mla
-from jax_mla.pipeline import Pipeline, exchange, join_state, split_state
+from jax_mla.sharding.placement import partition_spec
 from jax_mla.training import Recipe, abstract_state
+from jax_mla.training.pipeline import Pipeline, exchange, join_state, split_state
 
 
 def numbered(shapes):
@@ -46,7 +47,7 @@ def test_layers_are_cut_evenly(moe_config, num_layers, num_stages, layers):
 def test_a_stage_has_its_layers_on_its_devices(moe_config, sizes):
     params = params_of(moe_config)
     mesh = jax_mla.make_mesh(stage=2, data=2, tensor=2)
-    pipeline = Pipeline(moe_config, mesh, jax_mla.rules.tensor_parallel(), sizes)
+    pipeline = Pipeline(moe_config, mesh, jax_mla.sharding.layouts.tensor_parallel(), sizes)
     first, last = pipeline.split(params)
     assert first.keys() == {"embed_tokens", "dense_layers"} | (
         {"moe_layers"} if sizes[0] > 1 else set()
@@ -133,7 +134,9 @@ def test_between_steps_stages_share_what_they_can(moe_config, num_stages, of_emb
 def test_zeros_keep_their_sign(moe_config, axes):
     """-0.0 + 0.0 is 0.0, and what is joined is added up."""
     params = jax.tree.map(lambda x: -0.0 * np.ones_like(x), params_of(moe_config))
-    pipeline = Pipeline(moe_config, jax_mla.make_mesh(**axes), jax_mla.rules.tensor_parallel())
+    pipeline = Pipeline(
+        moe_config, jax_mla.make_mesh(**axes), jax_mla.sharding.layouts.tensor_parallel()
+    )
     joined = pipeline.join(pipeline.split(params))
     assert_same(joined, params)
     assert all(np.signbit(x).all() for x in jax.tree.leaves(joined))
@@ -144,7 +147,7 @@ def test_the_last_stage_is_given_the_first_ones_embedding(dense_config, monkeypa
     pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3, data=2))
     parts = pipeline.split(params_of(dense_config))
     parts[-1]["embed_tokens"] = parts[-1]["embed_tokens"] + 1
-    spec = pipeline.rules.spec(("vocab", "embed"))
+    spec = partition_spec(pipeline.rules, ("vocab", "embed"))
     for move in (exchange.move, exchange.passed_on):
         monkeypatch.setattr(exchange, "move", move)
         *others, last = exchange.with_first_embedding(parts, pipeline, spec)
@@ -156,9 +159,9 @@ def test_the_last_stage_is_given_the_first_ones_embedding(dense_config, monkeypa
 @pytest.mark.parametrize(("source", "target"), [(0, 1), (2, 0)])
 def test_programs_of_two_stages_move_what_a_copy_moves(dense_config, source, target):
     """With devices of several processes only a program over both stages can."""
-    rules = jax_mla.rules.tensor_parallel()
+    rules = jax_mla.sharding.layouts.tensor_parallel()
     pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3, data=2), rules)
-    spec = rules.spec(("batch", "sequence", None))
+    spec = partition_spec(rules, ("batch", "sequence", None))
     x = np.arange(4 * 6, dtype=np.float32).reshape(4, 6, 1)
     x = jax.device_put(x, NamedSharding(pipeline.meshes[source], spec))
     copied = exchange.move(x, x, pipeline, source, target, spec)

@@ -9,9 +9,9 @@ import pytest
 from numerics import assert_close
 
 import jax_mla
-from jax_mla.pipeline import Pipeline, gpipe, join_state, pipeline_train_step, split_state
-from jax_mla.pipeline.step import norm_and_finiteness
 from jax_mla.training import Batch, Precision, Recipe, init_state, train_step
+from jax_mla.training.pipeline import Pipeline, gpipe, join_state, pipeline_train_step, split_state
+from jax_mla.training.pipeline.step import norm_and_finiteness
 
 NUM_STEPS = 20
 RECIPE = Recipe(
@@ -113,9 +113,9 @@ def test_the_norm_is_of_all_stages_and_a_tied_embedding_counts_once(dense_config
 @pytest.mark.parametrize(
     ("axes", "rules"),
     [
-        ({"stage": 3, "data": 2}, jax_mla.rules.zero1()),
-        ({"stage": 2, "fsdp": 2}, jax_mla.rules.zero3()),
-        ({"stage": 2, "tensor": 2, "expert": 2}, jax_mla.rules.tensor_parallel()),
+        ({"stage": 3, "data": 2}, jax_mla.sharding.layouts.zero1()),
+        ({"stage": 2, "fsdp": 2}, jax_mla.sharding.layouts.zero3()),
+        ({"stage": 2, "tensor": 2, "expert": 2}, jax_mla.sharding.layouts.tensor_parallel()),
     ],
     ids=["zero1", "zero3", "tensor-expert"],
 )

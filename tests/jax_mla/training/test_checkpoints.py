@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numerics import assert_same_bits
 
 import jax_mla
-from jax_mla.training import Checkpoints, TrainState, checkpoints
+from jax_mla.training import Checkpoints, TrainState, saved_steps
 from jax_mla.training.manifest import NAME, find_damage, write_manifest
 
 
@@ -186,7 +186,7 @@ def test_an_error_in_the_background_is_raised_by_the_next_call(tmp_path, monkeyp
     def full(folder):
         raise OSError(28, "No space left on device", str(folder))
 
-    monkeypatch.setattr(checkpoints, "write_manifest", full)
+    monkeypatch.setattr(saved_steps, "write_manifest", full)
     with Checkpoints(tmp_path, in_background=True) as store:
         store.save(make_state(1), {})
         with pytest.raises(OSError, match="No space left"):

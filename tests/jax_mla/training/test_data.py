@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jax_mla
-from jax_mla.tokenizer import ByteTokenizer
+from jax_mla.text.tokenizer import ByteTokenizer
 from jax_mla.training import TokenRows, read_tokens
 
 

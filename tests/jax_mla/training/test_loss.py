@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from numerics import assert_close
 
 import jax_mla
-from jax_mla.layers.moe import Routing
+from jax_mla.layers.moe.router import Routing
 from jax_mla.training import Precision, next_token_loss, sequence_balance
 
 
@@ -221,7 +221,7 @@ def test_bfloat16_rounds_the_loss_and_keeps_float32_gradients(params, config, to
     ids=["rows", "stripes"],
 )
 def test_what_a_mesh_does_not_divide_is_refused(params, config, axis, shape, message):
-    layout = jax_mla.rules.context_parallel()
+    layout = jax_mla.sharding.layouts.context_parallel()
     shardings = jax_mla.param_shardings(config, jax_mla.make_mesh(**{axis: 4}), layout)
     placed = jax.device_put(params, shardings)
     with pytest.raises(ValueError, match=message):

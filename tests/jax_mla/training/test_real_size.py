@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jax_mla
-from jax_mla import plan
+from jax_mla.analysis import memory
 
 PROGRAM = Path(__file__).resolve().parents[3] / "benchmarks" / "compile_v3_mesh.py"
 SLOW, AOT = pytest.mark.slow, pytest.mark.kernel_aot
@@ -33,7 +33,7 @@ def test_v3_compiles_for_64_devices(program, platform):
     assert 0 <= found["argument_bytes"] - sum(held.values()) < 1e6  # tokens, lengths, counts
     assert (found["kernels"] > 0) == (platform == "cuda")
     if program == "decode":
-        planned = plan.serving_bytes(jax_mla.v3(), {"expert": 64}, "dp_attention_ep", batch=1024)
+        planned = memory.serving_bytes(jax_mla.v3(), {"expert": 64}, "dp_attention_ep", batch=1024)
         assert held["weights"] == planned.parameters
         assert found["collectives"].keys() == {"all-to-all"}
         rows = planned.sequences * 16_384 * planned.cache_per_token

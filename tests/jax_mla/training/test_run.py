@@ -9,9 +9,9 @@ import pytest
 from numerics import assert_close, assert_same_bits
 
 import jax_mla
-from jax_mla import rules
-from jax_mla.pipeline import gpipe
+from jax_mla.sharding import layouts
 from jax_mla.training import Checkpoints, Precision, Recipe, TokenRows, train
+from jax_mla.training.pipeline import gpipe
 
 RECIPE = Recipe(num_steps=6, learning_rate=1e-2, precision=Precision(compute="float32"))
 
@@ -81,7 +81,7 @@ def test_a_damaged_step_is_passed_over_with_notice(tmp_path, config, data, unint
 
 def test_a_run_moves_to_a_mesh_and_back(tmp_path, config, data, uninterrupted):
     """Two steps on one device, two under ZeRO-3 on four, two on one: equal but for rounding."""
-    mesh = {"mesh": jax_mla.make_mesh(data=4), "rules": rules.zero3()}
+    mesh = {"mesh": jax_mla.make_mesh(data=4), "rules": layouts.zero3()}
     with Checkpoints(tmp_path) as store:
         options = {"checkpoints": store, "resume": True, "on_notice": lambda _: None}
         train(config, RECIPE, data, **options, **stop_after(2)[1])
@@ -98,7 +98,7 @@ def test_a_pipeline_goes_on_to_the_same_bits_and_then_on_one_device(
 ):
     """Four steps in two stages of two devices, the last two again, and two of `train_step`."""
     recipe = dataclasses.replace(RECIPE, num_micro_batches=2)
-    staged = {"mesh": jax_mla.make_mesh(stage=2, data=2), "rules": rules.zero1()}
+    staged = {"mesh": jax_mla.make_mesh(stage=2, data=2), "rules": layouts.zero1()}
     with Checkpoints(tmp_path) as store:
         options = {"checkpoints": store, "resume": True, "on_notice": lambda _: None}
         stopped = train(config, recipe, data, **options, **staged, save_every=2, **stop_after(4)[1])

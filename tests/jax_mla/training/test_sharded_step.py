@@ -10,7 +10,7 @@ import pytest
 from numerics import assert_close
 
 import jax_mla
-from jax_mla import rules
+from jax_mla.sharding import layouts
 from jax_mla.training import (
     Batch,
     Precision,
@@ -29,19 +29,19 @@ RECIPE = Recipe(
     num_steps=100, learning_rate=1e-3, balance_loss=0.01, precision=Precision(compute="float32")
 )
 LAYOUTS = {
-    "ddp": ({"data": 4}, rules.ddp()),
-    "zero1": ({"data": 4}, rules.zero1()),
-    "zero2": ({"data": 4}, rules.zero2()),
-    "zero3": ({"data": 2, "fsdp": 2}, rules.zero3()),
-    "tensor": ({"tensor": 2}, rules.tensor_parallel()),
-    "data x sequence": ({"data": 2, "sequence": 2}, rules.context_parallel()),
-    "data x expert, all-to-all": ({"data": 2, "expert": 2}, rules.dp_attention_ep()),
-    "data x tensor x expert": ({"data": 2, "tensor": 2, "expert": 2}, rules.tensor_parallel()),
+    "ddp": ({"data": 4}, layouts.ddp()),
+    "zero1": ({"data": 4}, layouts.zero1()),
+    "zero2": ({"data": 4}, layouts.zero2()),
+    "zero3": ({"data": 2, "fsdp": 2}, layouts.zero3()),
+    "tensor": ({"tensor": 2}, layouts.tensor_parallel()),
+    "data x sequence": ({"data": 2, "sequence": 2}, layouts.context_parallel()),
+    "data x expert, all-to-all": ({"data": 2, "expert": 2}, layouts.dp_attention_ep()),
+    "data x tensor x expert": ({"data": 2, "tensor": 2, "expert": 2}, layouts.tensor_parallel()),
 }
 IN_THE_SUITE = {"data x tensor x expert"}  # a layout costs half a minute of compilation
 
 
-def layouts(names):
+def parametrized(names):
     marks = {name: () if name in IN_THE_SUITE else pytest.mark.slow for name in names}
     return [pytest.param(*LAYOUTS[name], marks=marks[name], id=name) for name in names]
 
@@ -67,7 +67,7 @@ def on_one_device(config, batches):
     return run(config, batches)
 
 
-@pytest.mark.parametrize(("axes", "rules"), layouts(LAYOUTS))
+@pytest.mark.parametrize(("axes", "rules"), parametrized(LAYOUTS))
 def test_a_mesh_takes_the_same_steps(config, batches, on_one_device, axes, rules):
     mesh = jax_mla.make_mesh(**axes)
     state, losses = run(config, batches, mesh, rules)
@@ -87,20 +87,25 @@ def shard_bytes(tree):
 
 @pytest.mark.parametrize(
     ("rules", "splits_params"),
-    [(rules.ddp(), False), (rules.zero1(), False), (rules.zero2(), False), (rules.zero3(), True)],
+    [
+        (layouts.ddp(), False),
+        (layouts.zero1(), False),
+        (layouts.zero2(), False),
+        (layouts.zero3(), True),
+    ],
     ids=["ddp", "zero1", "zero2", "zero3"],
 )
 def test_what_zero_splits(config, rules, splits_params):
     """All matrices have an axis to split; the bias of the router and norms stay whole."""
     mesh = jax_mla.make_mesh(data=8)
     like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=rules)
-    whole = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=jax_mla.rules.ddp())
+    whole = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=jax_mla.sharding.layouts.ddp())
     all_params, all_moments = shard_bytes(whole.params), shard_bytes(whole.opt_state)
     vectors = 4 * (2 * (32 + 32 + 16 + 16) + 32 + 4)
     split = (all_params - vectors) / 8 + vectors
     assert shard_bytes(like.params) == (split if splits_params else all_params)
     small = shard_bytes(like.opt_state) < all_moments / 6
-    assert small == (rules != jax_mla.rules.ddp())
+    assert small == (rules != jax_mla.sharding.layouts.ddp())
 
 
 @pytest.mark.slow
@@ -119,4 +124,4 @@ def test_zero3_on_eight_devices_learns_as_much_as_one_device(config):
 
     alone = learn()
     assert alone < 3  # of ln(320) = 5.8 before
-    assert abs(learn(mesh=jax_mla.make_mesh(data=8), rules=rules.zero3()) / alone - 1) < 0.01
+    assert abs(learn(mesh=jax_mla.make_mesh(data=8), rules=layouts.zero3()) / alone - 1) < 0.01

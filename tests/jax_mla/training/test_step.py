@@ -12,14 +12,7 @@ from kernel_tools.aot import lower_for_cuda
 from numerics import assert_close
 
 import jax_mla
-from jax_mla.training import (
-    Batch,
-    Precision,
-    Recipe,
-    init_state,
-    place_batch,
-    train_step,
-)
+from jax_mla.training import Batch, Precision, Recipe, init_state, place_batch, train_step
 from jax_mla.training.step import next_loss_scale
 from pallas_kernels import hardware
 

@@ -11,15 +11,10 @@ import pytest
 from kernel_tools import aot
 
 import jax_mla
-from jax_mla import plan, rules
-from jax_mla.training import (
-    Batch,
-    Precision,
-    Recipe,
-    abstract_state,
-    next_token_loss,
-    train_step,
-)
+from jax_mla.analysis import memory
+from jax_mla.sharding import layouts
+from jax_mla.sharding.placement import partition_spec
+from jax_mla.training import Batch, Precision, Recipe, abstract_state, next_token_loss, train_step
 
 RECIPE = Recipe(num_steps=100, precision=Precision(compute="float32"))
 DEVICES, T = 8, 8
@@ -36,9 +31,9 @@ def config(config):
 
 def compile_step(config, stage, devices=None):
     mesh = jax_mla.make_mesh(data=DEVICES, devices=devices)
-    stage_rules = getattr(rules, stage)()
+    stage_rules = getattr(layouts, stage)()
     like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=stage_rules)
-    rows = jax.sharding.NamedSharding(mesh, stage_rules.spec(("batch", "sequence")))
+    rows = jax.sharding.NamedSharding(mesh, partition_spec(stage_rules, ("batch", "sequence")))
     batch = Batch(jax.ShapeDtypeStruct((DEVICES, T), np.int32, sharding=rows))
     options = {"recipe": RECIPE, "mesh": mesh, "rules": stage_rules}
     return train_step.lower(like, config, batch, **options).compile()
@@ -101,7 +96,7 @@ def test_what_a_step_sends(stage, compiled, sizes):
 @pytest.mark.parametrize("chunk_tokens", [T, T // 4])
 def test_chunks_of_the_loss_are_of_one_device(config, chunk_tokens):
     """Every chunk costs a sum of the head's gradient: their number does not grow with devices."""
-    mesh, layout = jax_mla.make_mesh(data=DEVICES), rules.zero3()
+    mesh, layout = jax_mla.make_mesh(data=DEVICES), layouts.zero3()
     like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=layout).params
     tokens = jax.ShapeDtypeStruct((DEVICES, T), np.int32)
     options = {"chunk_tokens": chunk_tokens, "rules": layout}
@@ -132,21 +127,21 @@ def test_what_a_step_sends_between_gpus(stage, times, config, sizes):
 @pytest.mark.parametrize("stage", SOME)
 def test_what_a_device_holds_is_what_was_planned(stage, compiled, config):
     """Arguments of the compiled step: weights, moments, a row of tokens, and scalars."""
-    planned = plan.training_bytes(config, {"data": DEVICES}, stage)
-    memory = compiled(stage).memory_analysis()
-    scalars = memory.argument_size_in_bytes - planned.parameters - planned.optimizer - T * 4
+    planned = memory.training_bytes(config, {"data": DEVICES}, stage)
+    program = compiled(stage).memory_analysis()
+    scalars = program.argument_size_in_bytes - planned.parameters - planned.optimizer - T * 4
     assert 0 <= scalars <= 64
     # The state that comes out takes the place of the one that went in; gradients lie in between,
     # whatever else there is.
-    assert memory.alias_size_in_bytes >= planned.parameters + planned.optimizer
-    assert memory.temp_size_in_bytes >= planned.gradients
+    assert program.alias_size_in_bytes >= planned.parameters + planned.optimizer
+    assert program.temp_size_in_bytes >= planned.gradients
 
 
 @pytest.mark.slow
 def test_split_gradients_take_less_room(compiled, config):
     """ZeRO-2 against ZeRO-1: the same arguments, smaller gradients, nothing else changed."""
     mesh = {"data": DEVICES}
-    whole, split = (plan.training_bytes(config, mesh, s).gradients for s in ("zero1", "zero2"))
+    whole, split = (memory.training_bytes(config, mesh, s).gradients for s in ("zero1", "zero2"))
     one, two = (compiled(s).memory_analysis() for s in ("zero1", "zero2"))
     assert one.argument_size_in_bytes == two.argument_size_in_bytes
     saved = one.temp_size_in_bytes - two.temp_size_in_bytes
@@ -160,7 +155,7 @@ def shard_bytes(tree):
 
 
 @pytest.mark.parametrize("preset", ["tiny", "v2_lite", "v3", "kimi_k2"])
-@pytest.mark.parametrize("name", list(plan.RECIPES))
+@pytest.mark.parametrize("name", list(memory.RECIPES))
 def test_plans_are_what_the_rules_say(name, preset):
     """The closed form, without jax, against the shardings of the real state."""
     config = getattr(jax_mla, preset)()
@@ -169,11 +164,11 @@ def test_plans_are_what_the_rules_say(name, preset):
     mesh = jax_mla.make_mesh(**axes)
     for optimizer, param in (("adamw", "float32"), ("muon", "bfloat16")):
         recipe = Recipe(num_steps=9, optimizer=optimizer, precision=Precision(param=param))
-        like = abstract_state(config, recipe=recipe, mesh=mesh, rules=getattr(rules, name)())
-        found = plan.training_bytes(config, axes, name, param=param, optimizer=optimizer)
+        like = abstract_state(config, recipe=recipe, mesh=mesh, rules=getattr(layouts, name)())
+        found = memory.training_bytes(config, axes, name, param=param, optimizer=optimizer)
         assert found.parameters == shard_bytes(like.params)
         assert 0 <= shard_bytes(like.opt_state) - found.optimizer < 200  # counts of steps
-        placed = jax_mla.param_shardings(config, mesh, getattr(rules, name)().gradients())
+        placed = jax_mla.param_shardings(config, mesh, getattr(layouts, name)().gradients())
         gradients = jax.tree.map(
             lambda x, at: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=at),
             like.params,
@@ -184,7 +179,7 @@ def test_plans_are_what_the_rules_say(name, preset):
 
 def test_an_axis_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="axis 'heads' of size 6 cannot be split over 4 devices"):
-        plan.training_bytes(jax_mla.tiny(), {"tensor": 4}, "tensor_parallel")
+        memory.training_bytes(jax_mla.tiny(), {"tensor": 4}, "tensor_parallel")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +195,7 @@ def test_an_axis_that_does_not_divide_is_refused():
 )
 def test_what_cannot_be_planned_is_refused(mesh, recipe, batch, message):
     with pytest.raises(ValueError, match=message):
-        plan.serving_bytes(jax_mla.tiny(), mesh, recipe, batch=batch, memory_bytes=10**9)
+        memory.serving_bytes(jax_mla.tiny(), mesh, recipe, batch=batch, memory_bytes=10**9)
 
 
 @pytest.mark.parametrize(
@@ -214,21 +209,21 @@ def test_what_cannot_be_planned_is_refused(mesh, recipe, batch, message):
 )
 def test_training_that_cannot_be_planned_is_refused(option, message):
     with pytest.raises(ValueError, match=message):
-        plan.training_bytes(jax_mla.tiny(), {}, "ddp", **option)
+        memory.training_bytes(jax_mla.tiny(), {}, "ddp", **option)
 
 
 def test_names_are_those_of_the_rules():
-    published = {name for name, value in vars(rules).items() if inspect.isfunction(value)}
-    assert set(plan.RECIPES) == published
+    published = {name for name, value in vars(layouts).items() if inspect.isfunction(value)}
+    assert set(memory.RECIPES) == published
 
 
 def test_devices_share_the_cache_of_a_sequence():
-    config, memory = jax_mla.v3(), 2 * 10**12
-    options = {"memory_bytes": memory, "batch": 100}
-    one = plan.serving_bytes(config, {}, "context_parallel", **options)
-    eight = plan.serving_bytes(config, {"sequence": 8}, "context_parallel", **options)
+    config, memory_bytes = jax_mla.v3(), 2 * 10**12
+    options = {"memory_bytes": memory_bytes, "batch": 100}
+    one = memory.serving_bytes(config, {}, "context_parallel", **options)
+    eight = memory.serving_bytes(config, {"sequence": 8}, "context_parallel", **options)
     assert one.cache_per_token == 70_272 == 8 * eight.cache_per_token
-    room = memory - one.parameters
+    room = memory_bytes - one.parameters
     assert one.context_tokens == room // (100 * 70_272) and one.parameters == eight.parameters
     assert eight.context_tokens == min(8 * room // (100 * 70_272), 163_840)
 
@@ -236,11 +231,13 @@ def test_devices_share_the_cache_of_a_sequence():
 def test_serving_counts_weights_and_cache():
     """DeepSeek-V3 in bfloat16: 671 B parameters and 70,272 bytes a token of cache."""
     config, mesh = jax_mla.v3(), {"expert": 64}
-    found = plan.serving_bytes(config, mesh, "dp_attention_ep", batch=128, memory_bytes=141 * 10**9)
+    found = memory.serving_bytes(
+        config, mesh, "dp_attention_ep", batch=128, memory_bytes=141 * 10**9
+    )
     routed = 58 * 256 * 3 * 7168 * 2048 * 2
-    whole = plan.serving_bytes(config, {}, "ddp").parameters
+    whole = memory.serving_bytes(config, {}, "ddp").parameters
     assert whole == pytest.approx(2 * 671.03e9, rel=1e-3)
     assert found.parameters == whole - routed + routed // 64
     assert found.cache_per_token == 70_272 and found.sequences == 2
     assert found.context_tokens == min((141 * 10**9 - found.parameters) // (2 * 70_272), 163_840)
-    assert plan.serving_bytes(config, {}, "ddp", memory_bytes=10**9).context_tokens == 0
+    assert memory.serving_bytes(config, {}, "ddp", memory_bytes=10**9).context_tokens == 0

@@ -1,0 +1,88 @@
+"""Which device holds what of the parameters, as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jax_mla.analysis.collectives import _align, _text
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.params import Params, logical_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """One array: `replicated_bytes` of its `bytes_per_device` some other device holds as well.
+
+    That is the share beyond an even split: bytes_per_device - total bytes / devices.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    logical_axes: tuple[str | None, ...]
+    mesh_axes: tuple[Any, ...]
+    bytes_per_device: int
+    replicated_bytes: int
+
+
+def explain_sharding(
+    params: Params, config: DeepSeekConfig | None = None
+) -> tuple[list[Placed], str]:
+    """Where every parameter lies and how many bytes of it, as rows and as a table.
+
+    Args:
+      params: arrays, or ShapeDtypeStructs with a sharding.
+      config: names the logical axes; None leaves them out.
+
+    Raises:
+      ValueError: an array has no NamedSharding.
+    """
+    axes = {} if config is None else dict(_leaves(logical_axes(config)))
+    rows = [_placed(name, leaf, axes.get(name, ())) for name, leaf in _leaves(params)]
+    total = sum(row.bytes_per_device for row in rows)
+    wasted = sum(row.replicated_bytes for row in rows)
+    table = [("tensor", "shape", "logical axes", "mesh axes", "MB/device", "replicated MB")]
+    table += [
+        (
+            row.name,
+            "x".join(map(str, row.shape)),
+            " ".join(axis or "-" for axis in row.logical_axes),
+            " ".join(_text(axis) for axis in row.mesh_axes),
+            f"{row.bytes_per_device / 1e6:.3f}",
+            f"{row.replicated_bytes / 1e6:.3f}",
+        )
+        for row in rows
+    ]
+    table.append(("total", "", "", "", f"{total / 1e6:.3f}", f"{wasted / 1e6:.3f}"))
+    return rows, _align(table)
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_axes):
+        yield ".".join(str(key.key) for key in path), leaf
+
+
+def _placed(name: str, leaf: Any, axes: tuple[str | None, ...]) -> Placed:
+    sharding = leaf.sharding
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError(f"{name} lies on no mesh: its sharding is {sharding}")
+    itemsize = np.dtype(leaf.dtype).itemsize
+    of_device = math.prod(sharding.shard_shape(leaf.shape)) * itemsize
+    even = math.prod(leaf.shape) * itemsize // sharding.mesh.size
+    spec = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
+    mesh_axes = tuple(_larger_than_one(entry, sharding.mesh.shape) for entry in spec)
+    name_of_dtype = np.dtype(leaf.dtype).name
+    return Placed(name, leaf.shape, name_of_dtype, axes, mesh_axes, of_device, of_device - even)
+
+
+def _larger_than_one(entry: Any, sizes: Any) -> tuple[str, ...]:
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return tuple(name for name in names if sizes[name] > 1)

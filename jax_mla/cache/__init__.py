@@ -1,0 +1,1 @@
+"""Latent caches: the data, their pages, their shards on a mesh, and whether they fit."""

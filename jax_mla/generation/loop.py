@@ -1,0 +1,289 @@
+"""Generation: one jitted prefill, then one jitted loop over tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Int
+
+from jax_mla.cache.latent import LatentCache
+from jax_mla.cache.pages import advance
+from jax_mla.checks.arrays import as_array, as_int32, concrete
+from jax_mla.checks.tokens import check_lengths, check_rope, check_tokens
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.generation.buckets import bucket, prompt_bucket
+from jax_mla.generation.sampling import sample
+from jax_mla.params import Params, bind, check_params
+from jax_mla.sharding.divide import check_split
+from jax_mla.sharding.placement import placement_of
+from jax_mla.sharding.rules import ShardingRules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What `generate` wrote.
+
+    Attributes:
+      tokens: continuations without their prompts; behind a row's end they hold the pad id.
+      lengths: tokens written in each row, the one that ended it included.
+    """
+
+    tokens: Int[Array, "B max_new_tokens"]
+    lengths: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    cache: Any  # a LatentCache, or nothing where `_readable` takes the rest
+    token: Int[Array, " B"]
+    is_active: Bool[Array, " B"]
+    step: Array
+    tokens: Int[Array, "B bucket"]
+    lengths: Int[Array, " B"]
+
+
+def generate(
+    params: Params,
+    config: DeepSeekConfig,
+    tokens: Int[Array | np.ndarray, "B T"],
+    *,
+    max_new_tokens: int,
+    lengths: Int[Array | np.ndarray, " B"] | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    key: Array | int | None = None,
+    eos_token_ids: int | tuple[int, ...] | None = None,
+    stream: Callable[[np.ndarray], None] | None = None,
+    rules: ShardingRules | None = None,
+) -> Generated:
+    """Continues prompts until each has ended or `max_new_tokens` are written.
+
+    Compiled once for all prompts whose lengths fall into the same bucket (64, 128, 256, then four
+    even steps an octave), and the same for max_new_tokens; changing the value of a sampling option
+    compiles nothing, turning one on or off does.
+
+    Args:
+      tokens: right-padded prompts.
+      lengths: tokens of each prompt, at least 1; None means all T.
+      temperature: 0 always takes the most likely token.
+      top_k, top_p, min_p: see `sample`; without effect at temperature 0.
+      key: a jax.random key or a seed from 0 to 2**32 - 1; None is seed 0, so that equal calls
+        write equal text.
+      eos_token_ids: ids that end a row; None takes the config's, () never stops.
+      stream: called once a step with the tokens just written, Int[B]; rows that have ended carry
+        the pad id. The loop then runs on the host, one jitted step at a time, with equal results.
+      rules: those by which `params` were put on a mesh; None takes the defaults.
+
+    Raises:
+      ValueError: a prompt is empty, a token id is outside the vocabulary, an option is out of its
+        range, or the parameters are not those of the config; the message names the value.
+    """
+    check_params(params, config, rules)
+    tokens = check_tokens(tokens, config)
+    lengths = check_lengths(lengths, tokens)
+    _check_sizes(config, lengths, tokens.shape[1], max_new_tokens)
+    options, key = _options(config, temperature, top_k, top_p, min_p), _key(key)
+    eos = _ends(config.eos_token_id if eos_token_ids is None else eos_token_ids)
+    pad = config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
+    max_new_tokens = int(max_new_tokens)
+    placement, new_bucket = placement_of(params, rules), bucket(max_new_tokens)
+    check_split(tokens, placement, ("batch",))
+    tokens = _pad(tokens, prompt_bucket(tokens.shape[1], placement))
+    limit = jnp.asarray(max_new_tokens, jnp.int32)
+
+    run = _Run(config, rules, eos, pad)
+    state = _start(params, run, tokens, lengths, key, options, new_bucket)
+    if stream is None:
+        state = _loop(params, run, state, limit, key, options)
+    else:
+        state = _stream(params, run, state, max_new_tokens, key, options, stream)
+    return Generated(_cut(state.tokens, max_new_tokens), state.lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a generation is compiled for, beside shapes."""
+
+    config: DeepSeekConfig
+    rules: ShardingRules | None
+    eos: tuple[int, ...]
+    pad: int
+
+
+@functools.partial(jax.jit, static_argnames=("run", "new_bucket"))
+def _start(params, run: _Run, tokens, lengths, key, options, new_bucket) -> _State:
+    """Prefills an empty cache and writes the first token."""
+    batch, num_tokens = tokens.shape
+    model = bind(params, run.config, run.rules)
+    cache = LatentCache.empty(
+        run.config,
+        batch,
+        num_tokens + new_bucket,
+        dtype=params["embed_tokens"].dtype,
+        num_shares=1 if model.placement is None else model.placement.num_shards("context"),
+    )
+    x, cache = model.prefill(tokens, cache, num_new=lengths, has_context=False)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    state = _State(
+        cache=advance(cache, lengths),
+        token=jnp.zeros(batch, jnp.int32),
+        is_active=jnp.ones(batch, bool),
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.full((batch, new_bucket), run.pad, jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+    )
+    return _readable(_write(state, model.head(last), run, key, options), params, run)
+
+
+def _step(params, run: _Run, state: _State, key, options) -> _State:
+    """Feeds the last token and writes the next one."""
+    model = bind(params, run.config, run.rules)
+    x, cache = model.decode(state.token[:, None], state.cache)
+    # A row that has ended keeps its length: its last cache row is rewritten and never counted.
+    state = dataclasses.replace(state, cache=advance(cache, state.is_active))
+    return _readable(_write(state, model.head(x[:, 0]), run, key, options), params, run)
+
+
+def _readable(state: _State, params, run: _Run) -> _State:
+    """The state with everything but its cache on every device: each process reads the tokens."""
+    if (placement := placement_of(params, run.rules)) is None:
+        return state
+    small = jax.tree.map(placement.constrain, dataclasses.replace(state, cache=()))
+    return dataclasses.replace(small, cache=state.cache)
+
+
+def _write(state: _State, logits, run: _Run, key, options) -> _State:
+    if options:
+        token = sample(logits, jax.random.fold_in(key, state.step), **options)
+    else:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = jnp.where(state.is_active, token, run.pad)
+    has_ended = functools.reduce(
+        jnp.logical_or, [token == i for i in run.eos], jnp.zeros_like(state.is_active)
+    )
+    return dataclasses.replace(
+        state,
+        token=token,
+        tokens=jax.lax.dynamic_update_slice(
+            state.tokens, token[:, None], (jnp.int32(0), state.step)
+        ),
+        lengths=state.lengths + state.is_active,
+        is_active=state.is_active & ~has_ended,
+        step=state.step + 1,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
+def _loop(params, run: _Run, state, limit, key, options) -> _State:
+    return jax.lax.while_loop(
+        lambda state: (state.step < limit) & state.is_active.any(),
+        lambda state: _step(params, run, state, key, options),
+        state,
+    )
+
+
+_step_on_host = jax.jit(_step, static_argnames="run", donate_argnames="state")
+
+
+def _stream(params, run: _Run, state, max_new_tokens, key, options, stream) -> _State:
+    for step in range(max_new_tokens):
+        if step:
+            state = _step_on_host(params, run, state, key, options)
+        stream(np.asarray(state.token))
+        if not np.asarray(state.is_active).any():
+            break
+    return state
+
+
+# Out of jit both work on the host: as operations of a device each would compile a program a length.
+def _pad(tokens: Array, size: int) -> Array:
+    values = concrete(tokens)
+    pad = jnp.pad if values is None else np.pad
+    values = tokens if values is None else values
+    return jnp.asarray(pad(values, ((0, 0), (0, size - tokens.shape[1]))))
+
+
+def _cut(tokens: Array, size: int) -> Array:
+    values = concrete(tokens)
+    return tokens[:, :size] if values is None else jax.device_put(values[:, :size].copy())
+
+
+def _check_sizes(config, lengths, num_tokens: int, max_new_tokens) -> None:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
+        raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if (values := concrete(lengths)) is not None:
+        if (values < 1).any():
+            raise ValueError(f"every prompt needs at least 1 token, got length {values.min()}")
+        num_tokens = int(values.max())
+    num_cached = num_tokens + int(max_new_tokens) - 1  # the last one is not fed back
+    if num_cached > (limit := np.iinfo(np.int32).max):
+        raise ValueError(
+            f"a prompt of {num_tokens} tokens and max_new_tokens={max_new_tokens} need a cache of "
+            f"{num_cached}, positions end at {limit}"
+        )
+    check_rope(num_cached, config)
+
+
+def _options(config, temperature, top_k, top_p, min_p) -> dict[str, Array]:
+    """What `sample` is given, checked; nothing where the most likely token is taken."""
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given = {name: _number(name, x) for name, x in options.items() if x is not None}
+    if temperature is None or not 0 <= given["temperature"] < math.inf:
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
+    if "top_k" in given:
+        if not (1 <= (k := given["top_k"]) < math.inf and k == int(k)):
+            raise ValueError(f"top_k must be an integer of at least 1, got {top_k}")
+        given["top_k"] = min(int(k), config.vocab_size)
+    for name in ("top_p", "min_p"):
+        if name in given and not 0 < given[name] <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {given[name]}")
+    if temperature == 0:
+        return {}
+    kinds = {"top_k": jnp.int32}
+    return {name: jnp.asarray(x, kinds.get(name, jnp.float32)) for name, x in given.items()}
+
+
+def _number(name: str, value: Any) -> int | float:
+    if isinstance(value, Tracer):
+        raise ValueError(f"{name} decides what is compiled: it cannot be traced, got {value}")
+    array = np.asarray(value)
+    is_real = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    if array.shape != () or not is_real:
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return array.item()
+
+
+def _key(key: Any) -> Array:
+    """A jax.random key. Seeds have the 32 bits that jax.random takes without wrapping."""
+    if isinstance(key, jax.Array):
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
+        if is_typed or (key.dtype == jnp.uint32 and key.ndim == 1):
+            return key
+    seed = 0 if key is None else key
+    is_seed = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not is_seed or not 0 <= seed < 2**32:
+        raise ValueError(f"key must be a jax.random key or a seed from 0 to 2**32 - 1, got {key!r}")
+    return jax.random.key(seed)
+
+
+def _ends(eos_token_ids: Any) -> tuple[int, ...]:
+    ids = as_array("eos_token_ids", eos_token_ids)
+    if ids.size == 0:
+        return ()
+    if (values := concrete(as_int32("eos_token_ids", ids))) is None:
+        raise ValueError(f"eos_token_ids decide what is compiled: they cannot be traced, got {ids}")
+    return tuple(values.ravel().tolist())

@@ -1,0 +1,152 @@
+"""Grouped-query attention (MHA, GQA and MQA in one module), to compare with latent attention."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jax_mla.checks.arrays import check_dtype, concrete
+from jax_mla.checks.sizes import check_positive
+from jax_mla.layers.linear import project, weight
+from jax_mla.layers.rope import rope_tables, rotate
+from pallas_kernels import flash_attention, merge_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values of one layer: 2 * G * head_dim numbers a token, G the number of kv heads."""
+
+    keys: Float[Array, "B S G K"]
+    values: Float[Array, "B S G K"]
+    lengths: Int[Array, " B"]
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        max_tokens: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: str = "float32",
+    ) -> KeyValueCache:
+        """A cache of no tokens.
+
+        Raises:
+          ValueError: a size is not positive, or dtype is not float32, bfloat16 or float16.
+        """
+        check_positive(
+            batch=batch, max_tokens=max_tokens, num_kv_heads=num_kv_heads, head_dim=head_dim
+        )
+        shape, dtype = (batch, max_tokens, num_kv_heads, head_dim), check_dtype(dtype)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+class GroupedQueryAttention(nnx.Module):
+    """Softmax attention whose N query heads share G key/value heads.
+
+    G = N is multi-head attention, G = 1 multi-query attention. Rotary pairs are halves of a head.
+
+    Args:
+      hidden_size: D. num_heads: N. num_kv_heads: G, a divisor of N. head_dim: width of a head.
+
+    Raises:
+      ValueError: a size is not positive, num_kv_heads does not divide num_heads, or head_dim is
+        odd.
+
+    Source: Ainslie et al., arXiv 2305.13245.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        rngs: nnx.Rngs,
+        rope_theta: float = 10000.0,
+        stddev: float = 0.02,
+        dtype: str = "float32",
+    ):
+        check_positive(
+            hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+        )  # fmt: skip
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
+        if head_dim % 2:
+            raise ValueError(f"head_dim={head_dim} must be even to be rotated in pairs")
+        self.rope_theta = rope_theta
+        axes = ("embed", "heads", "head_dim")
+        options = {"stddev": stddev, "dtype": dtype}
+        self.q_proj = weight(rngs, (hidden_size, num_heads, head_dim), axes, **options)
+        self.k_proj = weight(rngs, (hidden_size, num_kv_heads, head_dim), axes, **options)
+        self.v_proj = weight(rngs, (hidden_size, num_kv_heads, head_dim), axes, **options)
+        self.o_proj = weight(
+            rngs, (num_heads, head_dim, hidden_size), ("heads", "head_dim", "embed"), **options
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        deterministic: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Causal attention of a whole sequence to itself.
+
+        Args:
+          segment_ids: tokens attend only to tokens with their own id (packed sequences).
+          deterministic: of gradients, see `pallas_kernels.flash_attention`.
+        """
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+        options = {"segment_ids": segment_ids, "deterministic": deterministic}
+        out = flash_attention(*self._project(x, positions), **options)
+        return project("BTNH,NHD->BTD", out, self.o_proj[...])
+
+    def extend(
+        self, x: Float[Array, "B T D"], cache: KeyValueCache
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """Attends T new tokens to the cache and to themselves, and appends them.
+
+        Under jit the cache's room cannot be checked: tokens beyond it are not kept, yet counted.
+
+        Raises:
+          ValueError: the batches differ, or the tokens do not fit into the cache.
+        """
+        batch, max_tokens = cache.keys.shape[:2]
+        if x.shape[0] != batch:
+            raise ValueError(f"the cache holds {batch} sequences, x has {x.shape[0]}")
+        if (lengths := concrete(cache.lengths)) is not None:
+            if (needed := int(lengths.max()) + x.shape[1]) > max_tokens:
+                raise ValueError(
+                    f"a sequence would hold {needed} tokens, the cache has room for {max_tokens}"
+                )
+        positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        q, k, v = self._project(x, positions)
+        new = flash_attention(q, k, v, return_lse=True)
+        old = flash_attention(
+            q, cache.keys.astype(q.dtype), cache.values.astype(q.dtype),
+            causal=False, lengths=cache.lengths, return_lse=True,
+        )  # fmt: skip
+        out, _ = merge_attention(*old, *new)
+        row = jnp.arange(batch)[:, None]
+        cache = KeyValueCache(
+            cache.keys.at[row, positions].set(k.astype(cache.keys.dtype), mode="drop"),
+            cache.values.at[row, positions].set(v.astype(cache.values.dtype), mode="drop"),
+            cache.lengths + x.shape[1],
+        )
+        return project("BTNH,NHD->BTD", out.astype(x.dtype), self.o_proj[...]), cache
+
+    def _project(self, x, positions):
+        q = project("BTD,DNK->BTNK", x, self.q_proj[...])
+        k = project("BTD,DNK->BTNK", x, self.k_proj[...])
+        v = project("BTD,DNK->BTNK", x, self.v_proj[...])
+        tables = rope_tables(positions, q.shape[-1], self.rope_theta)
+        return rotate(q, *tables, interleaved=False), rotate(k, *tables, interleaved=False), v

@@ -1,0 +1,90 @@
+"""The order of positions over devices in which causal attention is equal work for all of them.
+
+T positions are cut into 2 n stripes, and device d of n holds stripes d and 2 n - 1 - d: a late
+stripe, which sees much, with an early one. Tokens are put into this order before the first layer
+and back after the last one; rotary positions go with them.
+
+Source: Brandon et al., Striped Attention, arXiv 2311.09431; the pairing of stripes is that of Llama
+3's context parallelism, arXiv 2407.21783, section 3.3.2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jax_mla.sharding.placement import Placement
+
+
+def stripe_order(num_devices: int) -> np.ndarray:
+    """The stripes in the order in which the devices hold them, two each."""
+    device = np.arange(num_devices)
+    return np.stack([device, 2 * num_devices - 1 - device], axis=1).reshape(-1)
+
+
+def to_stripes(x: Array, placement: Placement | None) -> Array:
+    """x[B, T, ...] in the order of stripes; x itself where positions are not split."""
+    return _exchanged(x, placement, _to_stripes)
+
+
+def from_stripes(x: Array, placement: Placement | None) -> Array:
+    """x[B, T, ...] in the order of positions again."""
+    return _exchanged(x, placement, _from_stripes)
+
+
+def gather_stripes(x: Array, axes: tuple[str, ...]) -> Array:
+    """All devices' parts of x[B, T, ...] in the order of positions. Inside of shard_map."""
+    stripes = jax.lax.all_gather(x, axes, axis=1, tiled=True)
+    order = np.argsort(stripe_order(jax.lax.axis_size(axes)))
+    return stripes.reshape(x.shape[0], order.size, -1, *x.shape[2:])[:, order].reshape(
+        stripes.shape
+    )
+
+
+def _exchanged(x: Array, placement: Placement | None, exchange: Callable[..., Array]) -> Array:
+    """`exchange` of every device's part; each sends its two stripes once, and nothing else."""
+    if placement is None or "sequence" not in (tokens := placement.of_tokens(x)):
+        return x
+    if not (axes := placement.axes("sequence")):
+        return x
+    spec = placement.spec(*tokens)
+    return jax.shard_map(
+        functools.partial(exchange, axes=axes), mesh=placement.mesh, in_specs=spec, out_specs=spec
+    )(x)
+
+
+# Of the stripes that a device holds, in either order, one has an even number and one an odd one.
+# All even ones are exchanged at a time, and all odd ones.
+def _to_stripes(x: Array, axes: tuple[str, ...]) -> Array:
+    even, odd = (
+        jax.lax.ppermute(stripe, axes, [(i, holder) for i, holder in enumerate(holders)])
+        for stripe, holders in zip(jnp.split(x, 2, axis=1), _holders(axes), strict=True)
+    )
+    return jnp.concatenate(_swapped(even, odd, axes), axis=1)
+
+
+def _from_stripes(x: Array, axes: tuple[str, ...]) -> Array:
+    first, second = jnp.split(x, 2, axis=1)
+    stripes = [
+        jax.lax.ppermute(stripe, axes, [(holder, i) for i, holder in enumerate(holders)])
+        for stripe, holders in zip(_swapped(first, second, axes), _holders(axes), strict=True)
+    ]
+    return jnp.concatenate(stripes, axis=1)
+
+
+def _holders(axes: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    """Devices of the even stripes 0, 2, ..., and of the odd ones."""
+    last = 2 * jax.lax.axis_size(axes) - 1
+    holders = [min(stripe, last - stripe) for stripe in range(last + 1)]
+    return holders[::2], holders[1::2]
+
+
+def _swapped(first: Array, second: Array, axes: tuple[str, ...]) -> tuple[Array, Array]:
+    """Exchanged on devices of odd rank, whose first stripe is an odd one."""
+    is_even = jax.lax.axis_index(axes) % 2 == 0
+    return jnp.where(is_even, first, second), jnp.where(is_even, second, first)

@@ -1,0 +1,5 @@
+"""Mixture of experts."""
+
+from jax_mla.layers.moe.module import MoE
+
+__all__ = ["MoE"]

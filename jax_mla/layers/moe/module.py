@@ -1,0 +1,103 @@
+"""Mixture of experts: a float32 router, routed experts, shared experts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.layers.linear import constant, project, weight
+from jax_mla.layers.mlp import SwiGLU
+from jax_mla.layers.moe.experts import Experts, apply_local
+from jax_mla.layers.moe.on_mesh import apply_on_mesh, count_dropped
+from jax_mla.layers.moe.router import Routing, route
+from jax_mla.sharding.placement import Placement
+
+
+class MoE(nnx.Module):
+    """DeepSeek's mixture of experts; no token is dropped, unless rules set an expert_capacity.
+
+    y = sum_a expert_weight[a] * expert[expert_index[a]](x) + shared(x)
+
+    Args:
+      config: reads hidden_size, moe_intermediate_size, n_routed_experts, n_shared_experts,
+        num_experts_per_tok and the router's fields.
+      placement: the mesh that weights and inputs will lie on; None on a single device.
+
+    Cost: A + n_shared_experts feed-forward layers of width moe_intermediate_size a token.
+    """
+
+    def __init__(
+        self, config: DeepSeekConfig, *, rngs: nnx.Rngs, placement: Placement | None = None
+    ):
+        self.config, self.placement = config, placement
+        D, (E, _, F) = config.hidden_size, config.moe_sizes
+        options = {"stddev": config.initializer_range, "dtype": config.dtype}
+        # Every device routes its own tokens over all experts, so the router is not split by them.
+        self.gate = weight(rngs, (D, E), ("embed", None), **options)
+        if config.topk_method == "noaux_tc":
+            # float32 in every checkpoint: it decides between scores that bfloat16 would make equal
+            self.e_score_correction_bias = constant(0.0, (E,), (None,), dtype="float32")
+        self.experts = Experts(config, rngs=rngs)
+        if config.n_shared_experts:
+            self.shared_experts = SwiGLU(D, F * config.n_shared_experts, rngs=rngs, **options)
+
+    def route(self, x: Float[Array, "*B D"]) -> Routing:
+        """The experts and weights of every token; the router multiplies in float32."""
+        logits = project("...D,DE->...E", x.astype(jnp.float32), self.gate[...])
+        has_bias = self.config.topk_method == "noaux_tc"
+        # The bias balances load by its own rule (arXiv 2408.15664) and never sees a gradient.
+        bias = jax.lax.stop_gradient(self.e_score_correction_bias[...]) if has_bias else None
+
+        def choose(logits, bias):
+            flat = route(logits.reshape(-1, logits.shape[-1]), bias, self.config)
+            return jax.tree.map(lambda leaf: leaf.reshape(*logits.shape[:-1], -1), flat)
+
+        if self.placement is not None:  # the compiler would gather all tokens for each top_k
+            tokens = self.placement.spec(*self.placement.of_tokens(logits))
+            choose = jax.shard_map(
+                choose,
+                mesh=self.placement.mesh,
+                in_specs=(tokens, self.placement.spec(None)),
+                out_specs=tokens,
+            )
+        routing = choose(logits, bias)
+        if self.placement is None or self.placement.rules.expert_capacity is None:
+            return routing
+        num_experts = logits.shape[-1]
+        num_dropped = count_dropped(routing.expert_index, num_experts, self.placement)
+        return dataclasses.replace(routing, num_dropped=num_dropped)
+
+    def __call__(
+        self,
+        x: Float[Array, "*B D"],
+        routing: Routing | None = None,
+        *,
+        expert_layer: int | Int[Array, ""] = 0,
+    ) -> Float[Array, "*B D"]:
+        """Applies the layer.
+
+        Args:
+          x: under a mesh [B, T, D].
+          routing: replaces the router's own choice.
+          expert_layer: of a pool of experts, which layer's to take.
+        """
+        routing = self.route(x) if routing is None else routing
+        y = self._routed(x, routing, expert_layer)
+        if self.config.n_shared_experts:
+            y = y + self.shared_experts(x)
+        return y
+
+    def _routed(self, x, routing: Routing, expert_layer):
+        index, weight = routing.expert_index, routing.expert_weight
+        weights = self.experts.weights()
+        if self.placement is not None:
+            y = apply_on_mesh(x, index, weight, weights, expert_layer, self.placement)
+        else:
+            flat, index, weight = (a.reshape(-1, a.shape[-1]) for a in (x, index, weight))
+            y = apply_local(flat, index, weight, weights, expert_layer).reshape(x.shape)
+        return y.astype(x.dtype)

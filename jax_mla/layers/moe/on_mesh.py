@@ -1,0 +1,159 @@
+"""Routed experts over the mesh axes that shard them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_mla.layers.moe import exchange
+from jax_mla.layers.moe.experts import Weights, apply_experts, apply_local, combine
+from jax_mla.sharding.placement import Placement
+from jax_mla.sharding.rules import ShardingRules
+
+
+def apply_on_mesh(
+    x: Float[Array, "B T D"],
+    expert_index: Int[Array, "B T A"],
+    expert_weight: Float[Array, "B T A"],
+    weights: Weights,
+    layer: int | Int[Array, ""],
+    placement: Placement,
+) -> Float[Array, "B T D"]:
+    """`apply_local` of every device's tokens and experts, by the dispatcher that the rules name."""
+    axes, rules = _Axes.of(x, placement), placement.rules
+    is_sent = rules.expert_dispatch != "dense" and axes.expert
+
+    def share(x, expert_index, expert_weight, weights, layer):
+        flat, index, weight = (a.reshape(-1, a.shape[-1]) for a in (x, expert_index, expert_weight))
+        if is_sent:
+            y = _sent(flat, index, weight, weights, layer, axes, rules)
+        else:
+            y = _dense(flat, index, weight, weights, layer, axes)
+        return y.reshape(x.shape)
+
+    spec, tokens = placement.spec, placement.spec(*placement.of_tokens(x))
+    into, out = spec(None, "expert", "embed", "mlp"), spec(None, "expert", "mlp", "embed")
+    return jax.shard_map(
+        share,
+        mesh=placement.mesh,
+        in_specs=(tokens, tokens, tokens, (into, into, out), spec()),
+        out_specs=tokens,
+        check_vma=False,  # a kernel does not say over which axes its results vary
+    )(x, expert_index, expert_weight, weights, layer)
+
+
+def count_dropped(
+    expert_index: Int[Array, "B T A"], num_experts: int, placement: Placement
+) -> Int[Array, ""]:
+    """How many of a layer's (token, expert) pairs `apply_on_mesh` leaves out, on all devices."""
+    axes, capacity = _Axes.of(expert_index, placement), placement.rules.expert_capacity
+    if not axes.expert:  # nothing is sent
+        return jnp.zeros((), jnp.int32)
+    num_devices = placement.num_shards("expert")
+    own_experts = num_experts // num_devices
+
+    def share(expert_index):
+        flat = expert_index.reshape(-1, expert_index.shape[-1])
+        if axes.replicated:
+            (flat,) = _own_part((flat,), axes.replicated)
+        room = exchange.padded_room(flat.shape, own_experts, num_devices, capacity)
+        counts = exchange.padded_counts(flat.reshape(-1), own_experts, num_devices)
+        dropped = jnp.maximum(counts - room, 0).sum()
+        over = axes.tokens + axes.replicated
+        return jax.lax.psum(dropped, over) if over else dropped
+
+    tokens = placement.spec(*placement.of_tokens(expert_index))
+    return jax.shard_map(
+        share, mesh=placement.mesh, in_specs=tokens, out_specs=placement.spec(), check_vma=False
+    )(expert_index)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """Mesh axes: those that split tokens; that split experts, and of them those that do and do not
+    split tokens as well; and those that split the width of each expert, and its inputs."""
+
+    tokens: tuple[str, ...]
+    expert: tuple[str, ...]
+    gathered: tuple[str, ...]
+    replicated: tuple[str, ...]
+    width: tuple[str, ...]
+    embed: tuple[str, ...]
+
+    @classmethod
+    def of(cls, x: Array, placement: Placement) -> _Axes:
+        """Of the mesh, and of tokens x[B, T, ...] on it."""
+        split = [name for name in placement.of_tokens(x) if name]
+        tokens = tuple(axis for name in split for axis in placement.axes(name))
+        expert = placement.axes("expert")
+        return cls(
+            tokens=tokens,
+            expert=expert,
+            gathered=tuple(axis for axis in expert if axis in tokens),
+            replicated=tuple(axis for axis in expert if axis not in tokens),
+            width=placement.axes("mlp"),
+            embed=placement.axes("embed"),
+        )
+
+
+def _dense(x, expert_index, expert_weight, weights, layer, axes: _Axes):
+    """Gathers the tokens of all devices that split the experts, and adds up their results."""
+    if axes.gathered:
+        gather = functools.partial(jax.lax.all_gather, axis_name=axes.gathered, axis=0, tiled=True)
+        x, expert_index, expert_weight = gather(x), gather(expert_index), gather(expert_weight)
+    first = _rank(axes.expert) * weights[0].shape[1]
+    y = apply_local(x, expert_index - first, expert_weight, weights, layer, axes.embed)
+    if axes.replicated + axes.width:
+        y = jax.lax.psum(y, axes.replicated + axes.width)
+    if axes.gathered:
+        y = jax.lax.psum_scatter(y, axes.gathered, scatter_dimension=0, tiled=True)
+    return y
+
+
+def _sent(x, expert_index, expert_weight, weights, layer, axes: _Axes, rules: ShardingRules):
+    """Sends every token to the devices of its experts and the results back."""
+    num_tokens = x.shape[0]
+    if axes.replicated:  # devices with equal tokens take a part of them each
+        x, expert_index, expert_weight = _own_part(
+            (x, expert_index, expert_weight), axes.replicated
+        )
+
+    def run(rows, expert):
+        return apply_experts(rows, jnp.arange(len(rows)), expert, weights, layer, axes.embed)
+
+    arguments = x, expert_index, weights[0].shape[1], run, axes.expert
+    if rules.expert_dispatch == "ragged":
+        rows = exchange.ragged(*arguments)
+    else:
+        rows = exchange.padded(*arguments, rules.expert_capacity)
+
+    y = combine(rows.reshape(*expert_index.shape, x.shape[1]), expert_weight)
+    if axes.width:
+        y = jax.lax.psum(y, axes.width)
+    if axes.replicated:
+        y = jax.lax.all_gather(y, axes.replicated, axis=0, tiled=True)[:num_tokens]
+    return y
+
+
+def _own_part(arrays, axes):
+    """This device's share of arrays that all devices along `axes` hold; padded to equal parts."""
+    parts = math.prod(jax.lax.axis_size(axis) for axis in axes)
+    M = arrays[0].shape[0]
+    size = -(-M // parts)
+
+    def cut(array):
+        # Padding gets the index -1: it goes nowhere.
+        fill = -1 if jnp.issubdtype(array.dtype, jnp.integer) else 0
+        padded = jnp.pad(array, ((0, size * parts - M), (0, 0)), constant_values=fill)
+        return jax.lax.dynamic_slice_in_dim(padded, _rank(axes) * size, size)
+
+    return tuple(cut(array) for array in arrays)
+
+
+def _rank(axes: tuple[str, ...]) -> int | Array:
+    return jax.lax.axis_index(axes) if axes else 0

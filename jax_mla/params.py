@@ -1,0 +1,133 @@
+"""Parameters as a plain dict: made, checked, sharded and bound to the model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jaxtyping import Array
+
+from jax_mla.config.model import DeepSeekConfig, check_config
+from jax_mla.model import DeepSeek
+from jax_mla.sharding.divide import check_divides
+from jax_mla.sharding.placement import Placement, placement_of
+from jax_mla.sharding.rules import ShardingRules
+
+Params = dict[str, Any]
+
+
+@functools.lru_cache
+def split_abstract(
+    config: DeepSeekConfig,
+    placement: Placement | None = None,
+    layers: tuple[int, int] | None = None,
+):
+    """GraphDef and State of the model with shapes instead of arrays. Needs no devices."""
+    options = {"placement": placement, "layers": layers}
+    return nnx.split(nnx.eval_shape(lambda: DeepSeek(config, rngs=nnx.Rngs(0), **options)))
+
+
+def bind(
+    params: Params,
+    config: DeepSeekConfig,
+    rules: ShardingRules | None = None,
+    *,
+    layers: tuple[int, int] | None = None,
+) -> DeepSeek:
+    """The module that computes with `params`, where they lie. Call inside jit; it copies nothing.
+
+    Args:
+      rules: those by which the parameters were put on their mesh; None takes the defaults.
+      layers: the first and the end of those that `params` hold, a part of the model; None: all.
+
+    Raises:
+      ValueError: the parameters are not those of the config, every difference is listed; or there
+        are rules and no mesh.
+    """
+    check_params(params, config, rules, layers)
+    graphdef, abstract = split_abstract(config, placement_of(params, rules), layers)
+    state = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def check_params(
+    params: Params,
+    config: DeepSeekConfig,
+    rules: ShardingRules | None,
+    layers: tuple[int, int] | None = None,
+) -> None:
+    """The parameters have the names and shapes that the config asks for."""
+    check_config(config)
+    _, abstract = split_abstract(config, placement_of(params, rules), layers)
+    check_shapes(params, nnx.to_pure_dict(abstract))
+
+
+def check_shapes(params: Params, expected: Params) -> None:
+    """The parameters have the names and shapes of another tree of parameters."""
+    found, wanted = (
+        {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, expected))
+    )
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not expected" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"the parameters are not those of the config: {'; '.join(problems[:5])}{more}"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def init(key: Array, config: DeepSeekConfig) -> Params:
+    """Random parameters: weights normal with stddev config.initializer_range, norms 1, biases 0.
+
+    Returns:
+      A nested dict of arrays in config.dtype. Layers of one kind are stacked: every leaf below
+      `dense_layers` and `moe_layers` has a leading layer axis.
+    """
+    return nnx.to_pure_dict(nnx.state(DeepSeek(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def param_shardings(
+    config: DeepSeekConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None
+) -> Params:
+    """The tree of `init`, holding a NamedSharding where `init` holds an array.
+
+    Args:
+      mesh: an abstract one, of no devices, serves for shapes and for lowering.
+      rules: None takes the defaults of ShardingRules.
+
+    Raises:
+      ValueError: a mesh axis does not divide the axis that it is to split; both sizes are named.
+      NotImplementedError: the mesh's platform lacks what the rules' expert_dispatch needs.
+    """
+    placement = Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
+    _, state = split_abstract(config)
+
+    def place(path, variable):
+        axes = variable.get_metadata("logical_axes")
+        spec = placement.spec(*axes)
+        check_divides(path, variable.get_value().shape, axes, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    placed = jax.tree_util.tree_map_with_path(place, state, is_leaf=is_variable)
+    return nnx.to_pure_dict(placed)
+
+
+def logical_axes(config: DeepSeekConfig) -> Params:
+    """The tree of `init`, holding the tuple of its logical axes where `init` holds an array."""
+    _, state = split_abstract(config)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    named = jax.tree.map(lambda v: v.get_metadata("logical_axes"), state, is_leaf=is_variable)
+    return nnx.to_pure_dict(named)

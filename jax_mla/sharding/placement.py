@@ -1,0 +1,121 @@
+"""A mesh and its rules, as layers use them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from jax_mla.sharding.axes import MESH_AXES
+from jax_mla.sharding.rules import LOGICAL_AXES, LogicalAxis, MeshAxes, ShardingRules, as_tuple
+
+
+def partition_spec(rules: ShardingRules, logical_axes: Sequence[LogicalAxis]) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes; None is an axis never split.
+
+    Args:
+      logical_axes: several in a tuple share one axis of the array, the first one outermost.
+
+    Raises:
+      ValueError: an axis has no rule, or two axes of one array share a mesh axis.
+    """
+    entries = [_mesh_axes(rules, axis) for axis in logical_axes]
+    used = [name for entry in entries for name in as_tuple(entry)]
+    for axis in used:
+        if used.count(axis) > 1:
+            raise ValueError(
+                f"logical axes {tuple(logical_axes)} use mesh axis {axis!r} twice: {entries}"
+            )
+    return PartitionSpec(*entries)
+
+
+def _mesh_axes(rules: ShardingRules, axis: LogicalAxis) -> MeshAxes:
+    if axis is None:
+        return None
+    if isinstance(axis, tuple):
+        return tuple(name for part in axis for name in as_tuple(_mesh_axes(rules, part)))
+    if axis not in LOGICAL_AXES:
+        raise ValueError(f"logical axis {axis!r} has no rule in {rules}")
+    return getattr(rules, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and the rules of what lies where on it, as layers use them. Hashable.
+
+    Raises:
+      NotImplementedError: the mesh's platform lacks what the rules' expert_dispatch needs.
+    """
+
+    mesh: AbstractMesh
+    rules: ShardingRules
+
+    def __post_init__(self) -> None:
+        device = self.mesh.abstract_device  # None for a mesh of no particular devices
+        platform = device.platform if device else None
+        if self.rules.expert_dispatch == "ragged" and self.axes("expert") and platform == "cpu":
+            raise NotImplementedError(
+                "expert_dispatch='ragged' cannot run on platform 'cpu', where XLA has no "
+                "ragged_all_to_all: use 'a2a' or 'dense'"
+            )
+
+    def spec(self, *logical_axes: LogicalAxis) -> PartitionSpec:
+        return partition_spec(self.rules, logical_axes)
+
+    def axes(self, logical_axis: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device that split a logical axis."""
+        names = as_tuple(getattr(self.rules, logical_axis))
+        return tuple(name for name in names if self.mesh.shape[name] > 1)
+
+    def num_shards(self, logical_axis: str) -> int:
+        return math.prod(self.mesh.shape[name] for name in self.axes(logical_axis))
+
+    def num_parts(self, logical_axis: str) -> int:
+        """What the size of an axis must be a multiple of: positions are split into two stripes a
+        device."""
+        shards = self.num_shards(logical_axis)
+        return 2 * shards if logical_axis == "sequence" and shards > 1 else shards
+
+    def of_tokens(self, x: jax.Array) -> tuple[str | None, ...]:
+        """Logical axes of x[B, T, ...]; a T that does not divide, as in decoding, is not split."""
+        splits = x.shape[1] % self.num_parts("sequence") == 0
+        return ("batch", "sequence" if splits else None) + (None,) * (x.ndim - 2)
+
+    def constrain(self, x: jax.Array, *logical_axes: LogicalAxis) -> jax.Array:
+        """Asks the compiler to lay x out by the rules."""
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, self.spec(*logical_axes))
+        )
+
+
+def placement_of(params: Any, rules: ShardingRules | None) -> Placement | None:
+    """Where parameters lie, concrete or traced; None for a single device, and inside shard_map.
+
+    Raises:
+      ValueError: rules were given for parameters that lie on no mesh, or on one with other axes.
+      NotImplementedError: see `Placement`.
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        return None
+    mesh = jax.typeof(leaves[0]).sharding.mesh
+    if jax.sharding.AxisType.Manual in mesh.axis_types:
+        return None  # inside of the caller's own shard_map or pmap: one device's share
+    if mesh.empty and rules is not None:
+        raise ValueError(f"rules say how to split over a mesh, the parameters lie on none: {rules}")
+    if mesh.empty or mesh.size == 1:
+        return None
+    if set(mesh.axis_names) != set(MESH_AXES):
+        raise ValueError(
+            f"the parameters lie on a mesh of axes {mesh.axis_names}, make_mesh gives {MESH_AXES}"
+        )
+    return Placement(mesh, ShardingRules() if rules is None else rules)
+
+
+def constrain_tokens(x: jax.Array, placement: Placement | None) -> jax.Array:
+    """Activations x[B, T, ...] laid out by the rules; x itself without a mesh."""
+    return x if placement is None else placement.constrain(x, *placement.of_tokens(x))

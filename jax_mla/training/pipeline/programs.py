@@ -1,0 +1,187 @@
+"""What a stage's devices run: forward, backward, the end of the gradients, the update."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.params import Params
+from jax_mla.sharding.placement import constrain_tokens, placement_of
+from jax_mla.training.batch import Batch
+from jax_mla.training.loss import LossSums, NextTokenLoss, counted, loss_sums
+from jax_mla.training.optimizer import clipped, square_sum
+from jax_mla.training.pipeline.stages import Pipeline
+from jax_mla.training.recipe import Recipe
+from jax_mla.training.state import TrainState, state_shardings
+from jax_mla.training.step import all_finite, objective, updated
+
+_STATIC = ("pipeline", "stage", "recipe")
+_of_stage = functools.partial(jax.jit, static_argnames=_STATIC)
+
+
+@_of_stage
+def forward(
+    params: Params, x: Array | None, batch: Batch, *, pipeline: Pipeline, stage: int, recipe: Recipe
+) -> tuple[Array | None, LossSums]:
+    """The hidden states for the next stage, None after the last, and this one's part of the loss.
+
+    Args:
+      x: the hidden states of a micro-batch; None in the first stage.
+
+    Returns:
+      Sums on every device of the stage, so that what is made of them needs no collectives.
+    """
+    x, sums = _forward(params, x, batch, pipeline, stage, recipe)
+    return x, jax.lax.with_sharding_constraint(sums, pipeline.sharding(stage))
+
+
+def _forward(params, x, batch, pipeline, stage, recipe):
+    is_counted = counted(batch.tokens, batch.segment_ids, batch.loss_mask)
+    x, sums = loss_sums(
+        params,
+        pipeline.config,
+        batch.tokens,
+        is_counted,
+        batch.segment_ids,
+        precision=recipe.precision,
+        remat=recipe.remat,
+        chunk_tokens=recipe.chunk_tokens,
+        deterministic=recipe.deterministic,
+        rules=pipeline.rules,
+        layers=pipeline.layers[stage],
+        x=x,
+    )
+    if stage == pipeline.num_stages - 1:
+        return None, sums
+    return constrain_tokens(x, placement_of(params, pipeline.rules)), sums
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("gradients",))
+def backward(
+    params: Params,
+    gradients: Params,
+    x: Array | None,
+    batch: Batch,
+    output_gradient: Array | None,
+    num_tokens: Array,
+    num_rows: Array,
+    loss_scale: Array,
+    *,
+    pipeline: Pipeline,
+    stage: int,
+    recipe: Recipe,
+) -> tuple[Params, Array | None]:
+    """The gradients with a micro-batch's added, and that of x; computes the stage again from x."""
+
+    def run(params, x):
+        y, sums = _forward(params, x, batch, pipeline, stage, recipe)
+        return y, objective(sums, recipe, num_tokens, num_rows) * loss_scale
+
+    _, pull_back = jax.vjp(run, params, x)
+    of_params, of_x = pull_back((output_gradient, jnp.ones(())))
+    added = jax.tree.map(lambda total, g: total + g.astype(total.dtype), gradients, of_params)
+    if of_x is not None:  # as the stage before laid x out
+        of_x = constrain_tokens(of_x, placement_of(params, pipeline.rules))
+    return jax.lax.with_sharding_constraint(added, _gradient_shardings(pipeline, stage)), of_x
+
+
+@_of_stage
+def no_gradients(params: Params, *, pipeline: Pipeline, stage: int, recipe: Recipe) -> Params:
+    """Zeros in `Precision.reduce`, where the rules put gradients."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, recipe.precision.reduce), params)
+    return jax.lax.with_sharding_constraint(zeros, _gradient_shardings(pipeline, stage))
+
+
+def _gradient_shardings(pipeline: Pipeline, stage: int):
+    return pipeline.param_shardings(stage, pipeline.rules.gradients())
+
+
+@jax.jit
+def unscaled(gradients: Params, params: Params, loss_scale: Array) -> Params:
+    """Gradients of the loss itself, in the dtypes of the weights."""
+    return jax.tree.map(lambda g, p: (g / loss_scale).astype(p.dtype), gradients, params)
+
+
+@jax.jit
+def square_sum_and_finiteness(gradients: Params) -> tuple[Array, Array]:
+    return square_sum(gradients), all_finite(gradients)
+
+
+@functools.partial(jax.jit, static_argnames="is_scaled")
+def norm_of(squares: Array, finite: Array, *, is_scaled: bool) -> tuple[Array, Array]:
+    """The norm of all gradients from the square sums of the stages, and whether all are finite."""
+    return jnp.sqrt(squares.sum()), finite.all() if is_scaled else jnp.array(True)
+
+
+@jax.jit
+def added_up(sums: list[LossSums]) -> LossSums:
+    """The sums of all micro-batches in one stage."""
+    return jax.tree.map(lambda *x: sum(x), *sums)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_layers"))
+def evened(sums: LossSums, config: DeepSeekConfig, num_layers: int) -> LossSums:
+    """Sums in the same shapes in every stage: loads of `num_layers` layers, of which some are 0."""
+    load = jnp.zeros((num_layers, config.n_routed_experts or 0), jnp.int32)
+    if sums.load is not None:
+        load = load.at[: len(sums.load)].set(sums.load)
+    dropped = jnp.int32(0) if sums.num_dropped is None else sums.num_dropped
+    return dataclasses.replace(sums, load=load, num_dropped=dropped)
+
+
+@functools.partial(jax.jit, static_argnames=("num_rows", "num_moe", "counts_dropped"))
+def mean_loss(
+    sums: LossSums,
+    num_tokens: Array,
+    *,
+    num_rows: int,
+    num_moe: tuple[int, ...],
+    counts_dropped: bool,
+) -> NextTokenLoss:
+    """The loss of a batch from what `evened` gave in every stage.
+
+    Args:
+      sums: with an axis of stages first.
+      num_moe: how many layers of experts every stage has.
+    """
+    loads = [load[:n] for load, n in zip(sums.load, num_moe, strict=True)]
+    return LossSums(
+        nll=sums.nll[-1],
+        squared_lse=sums.squared_lse[-1],
+        balance=sums.balance.sum(),
+        load=jnp.concatenate(loads) if any(num_moe) else None,
+        num_dropped=sums.num_dropped.sum() if counts_dropped else None,
+    ).means(num_tokens, num_rows)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
+def update(
+    state: TrainState,
+    gradients: Params,
+    load: Array | None,
+    grad_norm: Array,
+    is_finite: Array,
+    *,
+    pipeline: Pipeline,
+    stage: int,
+    recipe: Recipe,
+) -> TrainState:
+    """A stage's next state; gradients are clipped by the norm of all stages."""
+    if (limit := recipe.clip_norm) is not None:
+        # The optimizer clips too, by the norm of this stage alone, which is no larger and leaves
+        # it nothing to do.
+        gradients = clipped(gradients, grad_norm, limit)
+    new_state = updated(state, gradients, load, recipe, is_finite)
+    return jax.lax.with_sharding_constraint(new_state, stage_shardings(pipeline, stage, recipe))
+
+
+def stage_shardings(pipeline: Pipeline, stage: int, recipe: Recipe) -> Any:
+    """The tree of a stage's TrainState, holding a NamedSharding where it holds an array."""
+    whole = state_shardings(pipeline.config, pipeline.meshes[stage], pipeline.rules, recipe=recipe)
+    return pipeline.part(whole, stage, take=lambda sharding, first, end: sharding)

@@ -1,0 +1,231 @@
+"""A model cut into stages: which layers on which devices; trees taken apart and put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jax_mla.checks.sizes import check_positive
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.params import Params, init, param_shardings
+from jax_mla.sharding.axes import MESH_AXES
+from jax_mla.sharding.placement import partition_spec
+from jax_mla.sharding.rules import LOGICAL_AXES, SPLITS, ShardingRules, as_tuple
+from jax_mla.training.pipeline import joining
+
+_STACKS = ("dense_layers", "moe_layers")
+_NAMES = {"embed_tokens", *_STACKS, "norm", "lm_head"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """The stages of a model. Hashable.
+
+    The embedding is in the first stage; norm, head and loss are in the last. A tied embedding is in
+    both. Inside a stage the other axes of the mesh are used as in a model without stages.
+
+    Attributes:
+      mesh: of `make_mesh`; stage i has the devices with index i on its axis `stage`.
+        Every process must have some of them.
+      rules: what lies where within a stage.
+      layers_per_stage: None cuts evenly; stages with a layer more come first, as the last one also
+        has the head.
+
+    Raises:
+      ValueError: the layers cannot be cut so, or the mesh is not one of `make_mesh` and all
+        processes.
+    """
+
+    config: DeepSeekConfig
+    mesh: Mesh
+    rules: ShardingRules = ShardingRules()  # noqa: RUF009 - frozen
+    layers_per_stage: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if set(self.mesh.axis_names) != set(MESH_AXES):
+            raise ValueError(
+                f"a pipeline needs a mesh of make_mesh with axes {MESH_AXES}, got axes "
+                f"{self.mesh.axis_names}"
+            )
+        processes = {device.process_index for device in self.mesh.devices.flat}
+        if len(processes) != jax.process_count():
+            raise ValueError(
+                f"{jax.process_count()} processes run a pipeline together, the mesh has devices of "
+                f"{sorted(processes)} only"
+            )
+        if any(
+            self.mesh.shape[name] > 1 for name in as_tuple(self.rules.layers) if name != "stage"
+        ):
+            raise ValueError(
+                f"a pipeline splits layers over 'stage', rules.layers is {self.rules.layers!r}"
+            )
+        for name in LOGICAL_AXES + SPLITS:
+            value = getattr(self.rules, name)
+            if name != "layers" and "stage" in as_tuple(value):
+                raise ValueError(
+                    f"a pipeline splits layers over 'stage' and nothing else, rules.{name} "
+                    f"is {value!r}"
+                )
+        # Stages have their layers whole.
+        object.__setattr__(self, "rules", dataclasses.replace(self.rules, layers=None))
+        num_layers = self.config.num_hidden_layers
+        if self.num_stages > num_layers:
+            raise ValueError(
+                f"{self.num_stages} stages need as many layers, the config has {num_layers}"
+            )
+        if self.layers_per_stage is not None:
+            sizes = tuple(self.layers_per_stage)
+            object.__setattr__(self, "layers_per_stage", sizes)  # a list could not be hashed
+            check_positive(**{f"layers_per_stage[{i}]": size for i, size in enumerate(sizes)})
+            if len(sizes) != self.num_stages or sum(sizes) != num_layers:
+                raise ValueError(
+                    f"layers_per_stage={sizes} must have {self.num_stages} stages and "
+                    f"{num_layers} layers, it has {len(sizes)} and {sum(sizes)}"
+                )
+
+    @property
+    def num_stages(self) -> int:
+        return self.mesh.shape["stage"]
+
+    @property
+    def has_two_embeddings(self) -> bool:
+        """Whether the first and the last stage have a copy each of a tied embedding."""
+        return self.num_stages > 1 and self.config.tie_word_embeddings
+
+    @functools.cached_property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """The first layer of every stage, and the one after its last."""
+        sizes, num_stages = self.layers_per_stage, self.num_stages
+        if sizes is None:
+            even, more = divmod(self.config.num_hidden_layers, num_stages)
+            sizes = tuple(even + (stage < more) for stage in range(num_stages))
+        ends = [sum(sizes[: stage + 1]) for stage in range(num_stages)]
+        return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+    @functools.cached_property
+    def meshes(self) -> tuple[Mesh, ...]:
+        """The mesh of every stage: all six axes, of which `stage` has size 1."""
+        axis = self.mesh.axis_names.index("stage")
+        return tuple(
+            Mesh(devices, self.mesh.axis_names, axis_types=self.mesh.axis_types)
+            for devices in np.split(self.mesh.devices, self.num_stages, axis)
+        )
+
+    def sharding(self, stage: int, *logical_axes: str | None) -> NamedSharding:
+        """Where a stage keeps an array with these axes; without any, on all its devices."""
+        return NamedSharding(self.meshes[stage], partition_spec(self.rules, logical_axes))
+
+    def param_shardings(self, stage: int, rules: ShardingRules | None = None) -> Params:
+        """The tree of a stage's parameters, holding a NamedSharding for each.
+
+        Args:
+          rules: None takes those of the pipeline.
+        """
+        rules = self.rules if rules is None else rules
+        whole = param_shardings(self.config, self.meshes[stage], rules)
+        return self.part(whole, stage, take=lambda sharding, first, end: sharding)
+
+    def is_here(self, stage: int) -> bool:
+        """Whether this process has a device of the stage, and so runs its programs."""
+        return bool(self.meshes[stage].local_devices)
+
+    @functools.cached_property
+    def joined_rules(self) -> ShardingRules:
+        """Where parameters and state of the whole model lie while no stage computes.
+
+        Over the stages too, by the axes `embed` and `latent`, if together with the devices that
+        split those anyway the stages divide hidden_size, kv_lora_rank and q_lora_rank. If they do
+        not divide one of these, the rules alone: every stage then holds a copy of everything.
+        """
+        rules = _also_over_stages(self.rules)
+        try:
+            for of in (rules, rules.gradients(), rules.optimizer()):
+                param_shardings(self.config, self.mesh, of)
+        except ValueError:
+            return self.rules
+        return rules
+
+    def split(self, params: Params) -> tuple[Params | None, ...]:
+        """The parameters of every stage, copied to its devices; None where none is this process's.
+
+        Args:
+          params: in the memory of every process, or on devices; of all `joined_rules` need least
+            memory.
+        """
+        return joining.split(params, self, **self._placed())
+
+    def join(self, parts: Sequence[Params | None]) -> Params:
+        """Parameters of the whole model on the whole mesh, by `joined_rules`.
+
+        Args:
+          parts: as from `split`; also gradients, of rules that put them where parameters are.
+        """
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        like = jax.eval_shape(functools.partial(init, config=self.config), key)
+        return joining.join(parts, self, like, **self._placed())
+
+    def _placed(self) -> dict[str, Params]:
+        """Where parameters lie in the stages and between them."""
+        return {
+            "inside": param_shardings(self.config, self.mesh, self.rules),
+            "joined": param_shardings(self.config, self.mesh, self.joined_rules),
+        }
+
+    def part(
+        self,
+        tree: Any,
+        stage: int,
+        *,
+        take: Callable[[Any, int, int], Any] = lambda x, first, end: x[first:end],
+    ) -> Any:
+        """What is a stage's of parameters, gradients or optimizer state, where they lie.
+
+        Args:
+          take: what becomes of a leaf of stacked layers, given the first of its layers and the end.
+        """
+        return jax.tree.map(
+            lambda x: self._part(x, stage, take) if _holds_params(x) else x,
+            tree,
+            is_leaf=_holds_params,
+        )
+
+    def _part(self, params: Params, stage: int, take) -> Params:
+        (first, end), num_dense = self.layers[stage], self.config.num_dense_layers
+        of_stack = {
+            "dense_layers": (min(first, num_dense), min(end, num_dense)),
+            "moe_layers": (max(first - num_dense, 0), max(end - num_dense, 0)),
+        }
+        is_last = end == self.config.num_hidden_layers
+        has_embedding = first == 0 or (is_last and self.config.tie_word_embeddings)
+        part = {}
+        for name, value in params.items():
+            if name in _STACKS:
+                a, b = of_stack[name]
+                if a < b:
+                    part[name] = jax.tree.map(lambda x, a=a, b=b: take(x, a, b), value)
+            elif has_embedding if name == "embed_tokens" else is_last:
+                part[name] = value
+        return part
+
+
+def _holds_params(x: Any) -> bool:
+    """A dict like that of all parameters or of a stage's."""
+    return isinstance(x, dict) and bool(x) and set(x) <= _NAMES
+
+
+def _also_over_stages(rules: ShardingRules) -> ShardingRules:
+    """Rules that split what ZeRO splits over `stage` as well."""
+    split = ("embed", "latent", "gradient_split", "optimizer_split")
+    axes = {name: getattr(rules, name) for name in split}
+    more = {
+        name: (*as_tuple(value), "stage")
+        for name, value in axes.items()
+        if value is not None or not name.endswith("_split")
+    }
+    return dataclasses.replace(rules, **more)
