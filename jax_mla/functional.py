@@ -36,7 +36,8 @@ def forward(
 
     Args:
       positions: for the rotary embedding; None counts from 0, anew in each segment.
-      segment_ids: tokens attend only to earlier tokens with their own id (packed sequences).
+      segment_ids: tokens attend only to earlier tokens with their own id (packed sequences). A
+        negative id marks padding, which goes to no expert and whose logits mean nothing.
       form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one.
       rules: those by which `params` were put on a mesh; None takes the defaults.
 

@@ -250,13 +250,14 @@ class DeepSeek(nnx.Module):
         striped = functools.partial(to_stripes, placement=self.placement)
         tables = self._tables(striped(positions))
         segment_ids = None if segment_ids is None else striped(segment_ids)
+        valid = None if segment_ids is None else segment_ids >= 0
 
         def attend(mla, x):
             options = {"form": form, "deterministic": deterministic}
             return mla(x, tables, segment_ids=segment_ids, **options), None
 
         def run(block, x, layer):
-            y, _, routing = block(x, attend)
+            y, _, routing = block(x, attend, valid=valid)
             return y, watch(x, routing)
 
         x, traces = self._embed(striped(tokens)) if x is None else striped(x), []

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.mla.module import MLA
@@ -61,15 +61,20 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         attend: Callable[[MLA, Array], tuple[Array, Any]],
         *,
+        valid: Bool[Array, "B T"] | None = None,
         expert_layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
-        """Runs the block; `attend(self_attn, normed)` returns its output and what to pass on."""
+        """Runs the block; `attend(self_attn, normed)` returns its output and what to pass on.
+
+        Args:
+          valid: False for padding, which goes to no routed expert; None if there is none.
+        """
         x = constrain_tokens(x, self.placement)
         attended, state = attend(self.self_attn, self.input_layernorm(x))
         x = self._add(x, attended)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            routing = self.mlp.route(normed)
+            routing = self.mlp.route(normed, valid)
             y = self.mlp(normed, routing, expert_layer=expert_layer)
             return self._add(x, y), state, routing
         return self._add(x, self.mlp(normed)), state, None

@@ -198,10 +198,12 @@ def loss_sums(
 
 
 def sequence_balance(routing: Routing) -> Float[Array, " B"]:
-    """sum_e f[e] * P[e] of each row: 1 where its tokens are spread evenly over the experts.
+    """sum_e f[e] * P[e] per row: 1 where its tokens are spread evenly over the experts.
 
     f[e] = E / (A * T) * the tokens of the row that were sent to expert e, P[e] = the mean over the
-    row of score[e] / sum(scores). All tokens of a row count as one sequence. Only P has a gradient.
+    row of score[e] / sum(scores). All tokens of a row count as one sequence of length T; padding,
+    whose expert_index is -1, does not count, and a row of nothing else has 0. Only P has a
+    gradient.
 
     Args:
       routing: of [B, T] tokens, with scores.
@@ -211,10 +213,13 @@ def sequence_balance(routing: Routing) -> Float[Array, " B"]:
     scores, (num_rows, _, active) = routing.scores, routing.expert_index.shape
     assert scores is not None
     num_experts = scores.shape[-1]
-    flat = routing.expert_index.reshape(num_rows, -1)
+    is_valid = routing.expert_index[..., :1] >= 0
+    num_tokens = jnp.maximum(is_valid.sum(axis=1), 1).astype(jnp.float32)
+    flat = jnp.where(is_valid, routing.expert_index, num_experts).reshape(num_rows, -1)
     count = jax.vmap(lambda index: jnp.bincount(index, length=num_experts))(flat)
-    f = count * (num_experts / (active * scores.shape[1]))
-    p = (scores / scores.sum(axis=-1, keepdims=True)).mean(axis=1)
+    f = count.astype(jnp.float32) * (num_experts / (active * num_tokens))
+    share = scores / scores.sum(axis=-1, keepdims=True)
+    p = jnp.where(is_valid, share, 0).sum(axis=1) / num_tokens
     return (f * p).sum(axis=-1)
 
 

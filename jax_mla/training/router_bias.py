@@ -11,9 +11,12 @@ from jax_mla.params import Params
 
 
 def expert_load(expert_index: Int[Array, "*L B T A"], config: DeepSeekConfig) -> Int[Array, "*L E"]:
-    """How many tokens of a batch each expert was given, of one layer or of each layer."""
+    """Tokens of a batch per expert, of one layer or of each layer; padding (-1) is not counted."""
     if expert_index.ndim == 3:
-        return jnp.bincount(expert_index.reshape(-1), length=config.n_routed_experts)
+        num_experts, _, _ = config.moe_sizes
+        # bincount counts a negative number as 0, and leaves out what is past its length.
+        chosen = jnp.where(expert_index < 0, num_experts, expert_index)
+        return jnp.bincount(chosen.reshape(-1), length=num_experts)
     return jax.vmap(lambda of_layer: expert_load(of_layer, config))(expert_index)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.linear import constant, project, weight
@@ -46,8 +46,13 @@ class MoE(nnx.Module):
         if config.n_shared_experts:
             self.shared_experts = SwiGLU(D, F * config.n_shared_experts, rngs=rngs, **options)
 
-    def route(self, x: Float[Array, "*B D"]) -> Routing:
-        """The experts and weights of every token; the router multiplies in float32."""
+    def route(self, x: Float[Array, "*B D"], valid: Bool[Array, "*B"] | None = None) -> Routing:
+        """The experts and weights of every token; the router multiplies in float32.
+
+        Args:
+          valid: False for padding, which goes to no expert and takes up no expert_capacity; None
+            if there is none.
+        """
         logits = project("...D,DE->...E", x.astype(jnp.float32), self.gate[...])
         has_bias = self.config.topk_method == "noaux_tc"
         # The bias balances load by its own rule (arXiv 2408.15664) and never sees a gradient.
@@ -65,7 +70,7 @@ class MoE(nnx.Module):
                 in_specs=(tokens, self.placement.spec(None)),
                 out_specs=tokens,
             )
-        routing = choose(logits, bias)
+        routing = choose(logits, bias).of_valid(valid)
         if self.placement is None or self.placement.rules.expert_capacity is None:
             return routing
         num_experts = logits.shape[-1]
@@ -77,6 +82,7 @@ class MoE(nnx.Module):
         x: Float[Array, "*B D"],
         routing: Routing | None = None,
         *,
+        valid: Bool[Array, "*B"] | None = None,
         expert_layer: int | Int[Array, ""] = 0,
     ) -> Float[Array, "*B D"]:
         """Applies the layer.
@@ -84,9 +90,10 @@ class MoE(nnx.Module):
         Args:
           x: under a mesh [B, T, D].
           routing: replaces the router's own choice.
+          valid: False for padding, of which only the shared experts are computed.
           expert_layer: of a pool of experts, which layer's to take.
         """
-        routing = self.route(x) if routing is None else routing
+        routing = self.route(x, valid) if routing is None else routing.of_valid(valid)
         y = self._routed(x, routing, expert_layer)
         if self.config.n_shared_experts:
             y = y + self.shared_experts(x)

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_mla.config.model import DeepSeekConfig
 
@@ -16,6 +16,7 @@ from jax_mla.config.model import DeepSeekConfig
 class Routing:
     """The A experts that each token goes to, in no particular order, and their weights.
 
+    `expert_index` is -1 for padding, which goes to no expert.
     `scores` are those of all experts, unbiased, for a balance loss; a layer does not read them.
     `num_dropped` of the choices are left out for want of capacity; None if there is no such limit.
     """
@@ -24,6 +25,13 @@ class Routing:
     expert_weight: Float[Array, "*B A"]
     scores: Float[Array, "*B E"] | None = None
     num_dropped: Int[Array, "*L"] | None = None
+
+    def of_valid(self, valid: Bool[Array, "*B"] | None) -> Routing:
+        """The same choices, but no expert for tokens that are not valid; None: all are."""
+        if valid is None:
+            return self
+        index = jnp.where(valid[..., None], self.expert_index, -1)
+        return dataclasses.replace(self, expert_index=index)
 
 
 def route(

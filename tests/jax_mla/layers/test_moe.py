@@ -63,6 +63,23 @@ def test_all_tokens_on_one_expert(rng):
     assert_close(got, written_out(moe, x, index, weight), "float32")
 
 
+def test_padding_goes_to_no_expert(rng):
+    """Real tokens keep their bits; of padding, NaN included, only its own output is left."""
+    moe, x = layer(), normal(rng, (2, 9, D))
+    valid = jnp.arange(9)[None] < jnp.asarray([[9], [4]])
+    routing = jax.jit(moe.route)(x, valid)
+    np.testing.assert_array_equal((routing.expert_index >= 0).all(-1), valid)
+    np.testing.assert_array_equal((routing.expert_index < 0).all(-1), ~valid)
+    poisoned = jnp.where(valid[..., None], x, jnp.nan)
+    apply = jax.jit(lambda x, valid: moe(x, valid=valid))
+    got, want = apply(poisoned, valid), jax.jit(moe)(x)
+    np.testing.assert_array_equal(got[valid], want[valid])
+    shared = moe.shared_experts(x)
+    np.testing.assert_array_equal(apply(x, valid)[~valid], shared[~valid])
+    given = Routing(*(jnp.asarray(a) for a in random_routing(rng, (2, 9))))
+    np.testing.assert_array_equal(moe(x, given, valid=valid)[~valid], shared[~valid])
+
+
 def test_gradients_with_fixed_routing(rng):
     graphdef, state = nnx.split(layer())
     x = normal(rng, (2, 9, D))
