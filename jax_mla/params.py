@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array
 
+from jax_mla.config.leaf_types import LeafType, leaf_type
 from jax_mla.config.model import DeepSeekConfig, check_config
 from jax_mla.model import DeepSeek
 from jax_mla.sharding.divide import check_divides
@@ -125,9 +127,12 @@ def param_shardings(
     return nnx.to_pure_dict(placed)
 
 
-def logical_axes(config: DeepSeekConfig) -> Params:
-    """The tree of `init`, holding the tuple of its logical axes where `init` holds an array."""
-    _, state = split_abstract(config)
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    named = jax.tree.map(lambda v: v.get_metadata("logical_axes"), state, is_leaf=is_variable)
-    return nnx.to_pure_dict(named)
+def map_leaves(function: Callable[[LeafType, Any], Any], params: Params) -> Params:
+    """function(type, array) of every leaf, as the table of leaves knows it.
+
+    Raises:
+      ValueError: the table has no such leaf.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: function(leaf_type(tuple(key.key for key in path)), x), params
+    )

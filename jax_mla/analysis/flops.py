@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from jax_mla.config.leaves import Leaf, leaves_of
 from jax_mla.config.model import DeepSeekConfig
 
 
 def flops_per_token(config: DeepSeekConfig, row_tokens: int) -> float:
-    """Multiplications and additions of the forward and backward pass, by token of a row.
+    """Multiplications and additions of the forward and backward pass, per token of a row.
 
-    6 for every weight that a token is multiplied by, and 6 * (P + R + H) a head and layer for each
-    of the row_tokens / 2 tokens that a token sees on average. What remat computes again does not
-    count: a rate from this number measures useful work (model FLOP/s, MFU over the device's peak).
+    6 for every weight that a token is multiplied by, and 6 * (P + R + H) per head and layer for
+    each of the row_tokens / 2 tokens that a token attends to on average. What remat computes again
+    does not count: a rate from this number measures useful work (model FLOP/s, MFU over the
+    device's peak).
     """
-    D, N = config.hidden_size, config.num_attention_heads
-    Q, C, R = config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim
-    P, H = config.qk_nope_head_dim, config.v_head_dim
-    query = D * N * (P + R) if Q is None else Q * (D + N * (P + R))
-    attention = query + D * (C + R) + C * N * (P + H) + N * H * D
-    weights = config.num_hidden_layers * attention + D * config.vocab_size
-    weights += config.num_dense_layers * 3 * D * config.intermediate_size
-    if config.num_moe_layers:
-        experts, active, F = config.moe_sizes
-        used = active + (config.n_shared_experts or 0)
-        weights += config.num_moe_layers * (3 * D * F * used + D * experts)
-    scores = config.num_hidden_layers * N * (P + R + H) * row_tokens / 2
-    return 6.0 * (weights + scores)
+    weights = sum(_multiplied(leaf, config) for leaf in leaves_of(config))
+    per_head = config.qk_head_dim + config.v_head_dim
+    heads = config.num_hidden_layers * config.num_attention_heads
+    return 6.0 * (weights + heads * per_head * row_tokens / 2)
+
+
+def _multiplied(leaf: Leaf, config: DeepSeekConfig) -> int:
+    """How many numbers of a leaf each token is multiplied by."""
+    is_head = leaf.type.part == "head" or (
+        leaf.type.part == "embedding" and config.tie_word_embeddings
+    )
+    if leaf.type.kind != "matrix" and not is_head:
+        return 0
+    if "expert" not in leaf.axes:
+        return leaf.size
+    experts, active, _ = config.moe_sizes
+    return leaf.size // experts * active

@@ -13,23 +13,6 @@ from jax_mla.sharding.axes import MESH_AXES
 
 Split = Mapping[str, tuple[str, ...]]  # the mesh axes that split a logical axis
 
-# The logical axes of every matrix, by the end of its name; experts have one more in front.
-_LOGICAL_AXES = {
-    "embed_tokens": ("vocab", "embed"),
-    "lm_head": ("embed", "vocab"),
-    "q_proj": ("embed", "heads", "head_dim"),
-    "q_a_proj": ("embed", "q_latent"),
-    "q_b_proj": ("latent", "heads", "head_dim"),
-    "kv_a_proj_with_mqa": ("embed", "kv_latent"),
-    "k_b_proj": ("heads", "head_dim", "latent"),
-    "v_b_proj": ("heads", "head_dim", "latent"),
-    "o_proj": ("heads", "head_dim", "embed"),
-    "gate": ("embed", ""),
-    "gate_proj": ("embed", "mlp"),
-    "up_proj": ("embed", "mlp"),
-    "down_proj": ("mlp", "embed"),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -116,7 +99,7 @@ def training_bytes(
     _check_known("optimizer", optimizer, ("adamw", "muon"))
     split, parameters, gradients, moments = _recipe(recipe, mesh), 0, 0, 0
     for leaf in leaves_of(config):
-        size = DTYPE_BYTES["float32" if leaf.is_always_float32 else param]
+        size = DTYPE_BYTES[leaf.type.stored_dtype(param)]
         parameters += size * _share(leaf, split.parameters, mesh)
         gradients += DTYPE_BYTES[reduce] * _share(leaf, split.gradients, mesh)
         moments += size * _num_moments(leaf, optimizer) * _share(leaf, split.optimizer, mesh)
@@ -145,7 +128,7 @@ def serving_bytes(
     check_positive(batch=batch)
     split, dtype_bytes = _recipe(recipe, mesh), DTYPE_BYTES[config.dtype]
     parameters = sum(
-        (4 if leaf.is_always_float32 else dtype_bytes) * _share(leaf, split.parameters, mesh)
+        DTYPE_BYTES[leaf.type.stored_dtype(config.dtype)] * _share(leaf, split.parameters, mesh)
         for leaf in leaves_of(config)
     )
     sequences, shares = (
@@ -179,8 +162,8 @@ def _check_known(name: str, value: str, known: Iterable[str]) -> None:
 def _share(leaf: Leaf, split: Split, mesh: Mapping[str, int]) -> int:
     """Numbers of a leaf that one device holds."""
     share = leaf.size
-    for size, axis in zip(reversed(leaf.shape), reversed(_logical_axes(leaf)), strict=False):
-        names = split.get(axis, ())
+    for size, axis in zip(leaf.shape, leaf.axes, strict=True):
+        names = () if axis is None else split.get(axis, ())
         parts = math.prod(mesh.get(name, 1) for name in names)
         if size % parts:
             raise ValueError(
@@ -191,14 +174,7 @@ def _share(leaf: Leaf, split: Split, mesh: Mapping[str, int]) -> int:
     return share
 
 
-def _logical_axes(leaf: Leaf) -> tuple[str, ...]:
-    """Of the last axes of a leaf; those in front of them, and all of vectors, are never split."""
-    axes = _LOGICAL_AXES.get(leaf.path[-1], ())
-    return axes if leaf.num_experts is None else ("expert", *axes)
-
-
 def _num_moments(leaf: Leaf, optimizer: str) -> int:
-    if leaf.is_always_float32:
+    if leaf.type.kind == "fixed":
         return 0
-    is_matrix = leaf.path[-1] in _LOGICAL_AXES and len(leaf.path) > 1
-    return 1 if optimizer == "muon" and is_matrix else 2
+    return 1 if optimizer == "muon" and leaf.type.kind == "matrix" else 2

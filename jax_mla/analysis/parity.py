@@ -11,6 +11,7 @@ import numpy as np
 
 import jax_mla
 from jax_mla.checks.tokens import check_tokens
+from jax_mla.config.leaves import routed_layers
 
 if TYPE_CHECKING:
     from jax_mla import DeepSeekConfig
@@ -75,7 +76,7 @@ def _check_golden(golden: Mapping[str, np.ndarray], config: DeepSeekConfig, B: i
     routing = (B * T, config.num_experts_per_tok)
     wanted = {"logits": (B, T, V), "hidden_states": (L + 1, B, T, D)}
     pairs = [("step_logits", "gen_ids")]
-    for layer in range(config.num_dense_layers, L):
+    for layer in routed_layers(config):
         index, weight = f"router_idx_{layer}", f"router_w_{layer}"
         wanted |= {index: routing, weight: routing}
         pairs += [(index, weight), (weight, index)]
@@ -109,8 +110,7 @@ def against_itself(params: Any, config: DeepSeekConfig, atol: float, seed: int) 
         atol,
         hidden_states=np.asarray(expanded.hidden_states),
         routing={
-            layer: _sorted_routing(expanded, config, layer)
-            for layer in range(config.num_dense_layers, config.num_hidden_layers)
+            layer: _sorted_routing(expanded, config, layer) for layer in routed_layers(config)
         },
         logits=np.asarray(expanded.logits),
     )
@@ -174,9 +174,10 @@ def _decoded_logits(params, config, prompt, continuation) -> np.ndarray:
 
 def _sorted_routing(trace: ForwardTrace, config: DeepSeekConfig, layer: int):
     """Expert ids and weights of every token, ordered by expert: the choice is a set."""
-    at = layer - config.num_dense_layers
-    if trace.expert_index is None or trace.expert_weight is None or at < 0:
+    routed = routed_layers(config)
+    if trace.expert_index is None or trace.expert_weight is None or layer not in routed:
         raise ValueError(f"golden data has routing for layer {layer}, which has no router")
+    at = routed.index(layer)
     index = np.asarray(trace.expert_index[at]).reshape(-1, trace.expert_index.shape[-1])
     weight = np.asarray(trace.expert_weight[at]).reshape(index.shape)
     order = np.argsort(index, axis=-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jax_mla.analysis.collectives import _align, _text
+from jax_mla.config.leaves import leaves_of
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.params import Params, logical_axes
+from jax_mla.params import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,11 @@ def explain_sharding(
       config: names the logical axes; None leaves them out.
 
     Raises:
-      ValueError: an array has no NamedSharding.
+      ValueError: an array has no NamedSharding, or is not a parameter of the config.
     """
-    axes = {} if config is None else dict(_leaves(logical_axes(config)))
-    rows = [_placed(name, leaf, axes.get(name, ())) for name, leaf in _leaves(params)]
+    rows = [
+        _placed(path, leaf, config) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
     total = sum(row.bytes_per_device for row in rows)
     wasted = sum(row.replicated_bytes for row in rows)
     table = [("tensor", "shape", "logical axes", "mesh axes", "MB/device", "replicated MB")]
@@ -64,14 +65,8 @@ def explain_sharding(
     return rows, _align(table)
 
 
-def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_axes):
-        yield ".".join(str(key.key) for key in path), leaf
-
-
-def _placed(name: str, leaf: Any, axes: tuple[str | None, ...]) -> Placed:
-    sharding = leaf.sharding
+def _placed(path: Any, leaf: Any, config: DeepSeekConfig | None) -> Placed:
+    name, sharding = ".".join(str(key.key) for key in path), leaf.sharding
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"{name} lies on no mesh: its sharding is {sharding}")
     itemsize = np.dtype(leaf.dtype).itemsize
@@ -79,8 +74,16 @@ def _placed(name: str, leaf: Any, axes: tuple[str | None, ...]) -> Placed:
     even = math.prod(leaf.shape) * itemsize // sharding.mesh.size
     spec = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
     mesh_axes = tuple(_larger_than_one(entry, sharding.mesh.shape) for entry in spec)
+    axes = () if config is None else _logical_axes(name, config)
     name_of_dtype = np.dtype(leaf.dtype).name
     return Placed(name, leaf.shape, name_of_dtype, axes, mesh_axes, of_device, of_device - even)
+
+
+def _logical_axes(name: str, config: DeepSeekConfig) -> tuple[str | None, ...]:
+    axes = {".".join(leaf.path): leaf.axes for leaf in leaves_of(config)}
+    if name not in axes:
+        raise ValueError(f"{name} is not a parameter of this config")
+    return axes[name]
 
 
 def _larger_than_one(entry: Any, sizes: Any) -> tuple[str, ...]:

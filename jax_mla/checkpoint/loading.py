@@ -82,7 +82,7 @@ def load(
 
 
 def _dtype_of(leaf: Leaf, config: DeepSeekConfig) -> np.dtype:
-    return jnp.dtype("float32" if leaf.is_always_float32 else config.dtype)
+    return jnp.dtype(leaf.type.stored_dtype(config.dtype))
 
 
 def _shardings(

@@ -19,6 +19,7 @@ from jax_mla.checkpoint.folder import INDEX, SINGLE
 from jax_mla.checkpoint.problems import refuse
 from jax_mla.checkpoint.progress import ByteProgress
 from jax_mla.checkpoint.published import Fills, published
+from jax_mla.config.leaf_types import flatten
 from jax_mla.config.leaves import Leaf, leaves_of
 from jax_mla.config.model import DTYPES, DeepSeekConfig
 
@@ -91,7 +92,7 @@ def _check_readable(config: DeepSeekConfig) -> None:
 
 def _checked(params: Mapping[str, Any], leaves: tuple[Leaf, ...]) -> dict[tuple[str, ...], Any]:
     """The arrays of `params` by path, once they are known to be what the config describes."""
-    arrays = _flatten(params)
+    arrays = flatten(params)
     expected = {leaf.path: leaf for leaf in leaves}
     named = {path: ".".join(path) for path in arrays.keys() | expected.keys()}
     strange = [path for path, array in arrays.items() if not hasattr(array, "dtype")]
@@ -100,10 +101,7 @@ def _checked(params: Mapping[str, Any], leaves: tuple[Leaf, ...]) -> dict[tuple[
         {"not an array": [f"{named[path]} is {type(arrays[path]).__name__}" for path in strange]},
     )
     both = [path for path in expected if path in arrays]
-    dtypes = {
-        path: "float32" if expected[path].is_always_float32 else arrays[both[0]].dtype.name
-        for path in both
-    }
+    dtypes = {path: expected[path].type.stored_dtype(arrays[both[0]].dtype.name) for path in both}
     refuse(
         "the parameters are not those of the config",
         {
@@ -127,12 +125,6 @@ def _checked(params: Mapping[str, Any], leaves: tuple[Leaf, ...]) -> dict[tuple[
         },
     )
     return arrays
-
-
-def _flatten(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    if not isinstance(tree, Mapping):
-        return {path: tree}
-    return {p: a for key, value in tree.items() for p, a in _flatten(value, (*path, key)).items()}
 
 
 def _generation_config(config: DeepSeekConfig) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """`jax-mla inspect`: what a checkpoint folder holds, from its headers alone, without jax."""
 
 import argparse
+import dataclasses
+import functools
 import math
 import re
 from collections import Counter, defaultdict
@@ -13,21 +15,12 @@ from jax_mla.checkpoint.matching import match
 from jax_mla.checkpoint.safetensors_file import StoredTensor
 from jax_mla.cli import report
 from jax_mla.cli.cache_size import cache_bytes_per_token
+from jax_mla.config.leaf_types import PARTS
+from jax_mla.config.leaves import leaves_of
 from jax_mla.config.model import DeepSeekConfig
 
 MTP = "multi_token_prediction"
-# The first pattern that is found in a published name says which part it belongs to.
-PARTS = (
-    ("embedding", r"^model\.embed_tokens\."),
-    ("head", r"^lm_head\."),
-    ("norms", r"norm\.weight$"),
-    ("attention", r"\.self_attn\."),
-    ("router", r"\.mlp\.gate\."),
-    ("shared_experts", r"\.mlp\.shared_experts\."),
-    ("routed_experts", r"\.mlp\.experts\."),
-    ("dense_mlp", r"\.mlp\.(gate|up|down)_proj\."),
-    ("other", r""),
-)
+OTHER = "other"
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 EPILOG = "Exit code 1 when the tensors are not those that config.json describes; they are listed."
 FP8_SCALE = "_scale_inv"  # belongs to a weight: bytes, but no parameters
@@ -66,7 +59,7 @@ def summary(config: DeepSeekConfig, tensors: Mapping[str, StoredTensor]) -> dict
     parameters: Counter[str] = Counter()
     part_bytes: dict[str, Counter[str]] = defaultdict(Counter)
     for name, tensor in tensors.items():
-        part = part_of(name, config.num_hidden_layers)
+        part = part_of(name, config)
         part_bytes[part][tensor.dtype] += tensor.nbytes
         parameters[part] += 0 if name.endswith(FP8_SCALE) else math.prod(tensor.shape)
     mtp = parameters.pop(MTP, 0)
@@ -77,7 +70,7 @@ def summary(config: DeepSeekConfig, tensors: Mapping[str, StoredTensor]) -> dict
     if config.num_moe_layers:
         experts, chosen = config.n_routed_experts or 1, config.num_experts_per_tok or 1
         active -= parameters["routed_experts"] // experts * (experts - chosen)
-    order = [*(part for part, _ in PARTS), MTP]
+    order = [*PARTS, OTHER, MTP]
     return {
         "parameters": {
             "total": total,
@@ -93,12 +86,21 @@ def summary(config: DeepSeekConfig, tensors: Mapping[str, StoredTensor]) -> dict
     }
 
 
-def part_of(name: str, num_layers: int) -> str:
-    """The part of the model that a published tensor name belongs to."""
-    if (layer := LAYER.match(name)) and int(layer[1]) >= num_layers:
+def part_of(name: str, config: DeepSeekConfig) -> str:
+    """The part of the model that a published tensor name belongs to; "other" is none of its own."""
+    if (layer := LAYER.match(name)) and int(layer[1]) >= config.num_hidden_layers:
         return MTP
-    name = name.removesuffix(FP8_SCALE)
-    return next(part for part, pattern in PARTS if re.search(pattern, name))
+    name = re.sub(r"^model\.layers\.\d+\.", "model.layers.{layer}.", name)
+    name = re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", name)
+    return _parts(config).get(name.removesuffix(FP8_SCALE), OTHER)
+
+
+@functools.lru_cache
+def _parts(config: DeepSeekConfig) -> dict[str, str]:
+    """Of every published name, with {layer} and {expert} in it, both ways to store experts."""
+    config = dataclasses.replace(config, tie_word_embeddings=False)  # files may hold the head
+    leaves = [leaf for fused in (False, True) for leaf in leaves_of(config, fused_experts=fused)]
+    return {leaf.name: leaf.type.part for leaf in leaves}
 
 
 def _print(folder: Path, results: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Published names <-> our parameter dict, from the config alone. No jax.
+"""The leaves of the parameter dict of one model: sizes, and the published tensors. No jax.
 
 Torch stores a Linear as [out, in] with heads flattened; our leaves are [in, out] with heads apart,
 and layers (and experts) stacked in front. The letters are those of `jax_mla`.
@@ -7,8 +7,10 @@ and layers (and experts) stacked in front. The letters are those of `jax_mla`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
+from jax_mla.config.leaf_types import STACKS, LeafType, Path, leaf_type
 from jax_mla.config.model import DeepSeekConfig
 
 
@@ -20,7 +22,7 @@ class Leaf:
     `split`, cut to `rows` of the second axis, and transposed by `order`.
     """
 
-    path: tuple[str, ...]
+    path: Path
     name: str
     published_shape: tuple[int, ...]
     split: tuple[int, ...]
@@ -28,7 +30,20 @@ class Leaf:
     rows: tuple[int, int] | None = None
     layers: range | None = None
     num_experts: int | None = None
-    is_always_float32: bool = False
+
+    @property
+    def type(self) -> LeafType:
+        return leaf_type(self.path)
+
+    @property
+    def stack(self) -> str | None:
+        """The stack of layers that the leaf is in; None for embedding, last norm and head."""
+        return None if self.layers is None else self.path[0]
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """The logical axes of the stacked array."""
+        return self.type.axes if self.layers is None else ("layers", *self.type.axes)
 
     @property
     def lead_shape(self) -> tuple[int, ...]:
@@ -59,6 +74,7 @@ class Leaf:
         return self.name.format(layer=layer, expert=lead[-1] if lead else None)
 
 
+@functools.lru_cache
 def leaves_of(config: DeepSeekConfig, *, fused_experts: bool = False) -> tuple[Leaf, ...]:
     """Every leaf of the parameter dict, in the order in which checkpoints are written.
 
@@ -71,18 +87,27 @@ def leaves_of(config: DeepSeekConfig, *, fused_experts: bool = False) -> tuple[L
         *_attention(config),
         _vector("post_attention_layernorm", D),
     ]
-    prefix, depth = config.num_dense_layers, config.num_hidden_layers
     found = [_leaf("embed_tokens", "model.embed_tokens.weight", (V, D))]
-    if prefix:
-        dense = _swiglu("mlp", D, config.intermediate_size)
-        found += _stack("dense_layers", range(prefix), every_layer + dense)
-    if prefix < depth:
-        moe = _moe(config, fused_experts)
-        found += _stack("moe_layers", range(prefix, depth), every_layer + moe)
+    for stack, layers in stacks_of(config).items():
+        is_moe = stack == "moe_layers"
+        mlp = _moe(config, fused_experts) if is_moe else _swiglu("mlp", D, config.intermediate_size)
+        found += _stack(stack, layers, every_layer + mlp)
     found.append(_leaf("norm.weight", "model.norm.weight", (D,)))
     if not config.tie_word_embeddings:
         found.append(_leaf("lm_head", "lm_head.weight", (V, D), order=(1, 0)))
     return tuple(found)
+
+
+def stacks_of(config: DeepSeekConfig) -> dict[str, range]:
+    """The layers of every stack that the model has, in their order."""
+    prefix, depth = config.num_dense_layers, config.num_hidden_layers
+    layers = {"dense_layers": range(prefix), "moe_layers": range(prefix, depth)}
+    return {stack: layers[stack] for stack in STACKS if layers[stack]}
+
+
+def routed_layers(config: DeepSeekConfig) -> range:
+    """The layers that have a router."""
+    return stacks_of(config).get("moe_layers", range(0))
 
 
 def _stack(stack: str, layers: range, leaves: list[Leaf]) -> list[Leaf]:
@@ -163,8 +188,8 @@ def _moe(config: DeepSeekConfig, fused_experts: bool) -> list[Leaf]:
     assert E is not None and F is not None  # the config has checked it
     found = [_linear("mlp.gate", (E,), (D,))]
     if config.topk_method == "noaux_tc":
-        bias = _leaf("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias", (E,))
-        found.append(dataclasses.replace(bias, is_always_float32=True))
+        bias = "e_score_correction_bias"
+        found.append(_leaf(f"mlp.{bias}", f"mlp.gate.{bias}", (E,)))
     found += _fused_experts(E, D, F) if fused_experts else _experts(E, D, F)
     if config.n_shared_experts:
         found += _swiglu("mlp.shared_experts", D, F * config.n_shared_experts)

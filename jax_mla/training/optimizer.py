@@ -11,18 +11,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jax_mla.params import Params
+from jax_mla.params import Params, map_leaves
 from jax_mla.training.recipe import Recipe
 
-# Axes of a matrix product, from the end, because weights are stacked: those summed over, those
-# that remain. All other weights of two axes sum over the last but one.
-_SUMMED_AND_KEPT = {
-    "q_proj": ((-3,), (-2, -1)),
-    "q_b_proj": ((-3,), (-2, -1)),
-    "k_b_proj": ((-1,), (-3, -2)),
-    "v_b_proj": ((-1,), (-3, -2)),
-    "o_proj": ((-3, -2), (-1,)),
-}
 _MOONLIGHT_RMS = 0.2  # of a Muon update, as large as AdamW's usually is: arXiv 2502.16982
 
 
@@ -79,22 +70,10 @@ def square_sum(gradients: Params) -> Float[Array, ""]:
 
 
 def kinds(params: Params) -> Any:
-    """What each weight is: "fixed" (the router's bias), "vector", "table" or "matrix"."""
-
-    def kind(path, _):
-        names = [key.key for key in path]
-        if names[-1] == "e_score_correction_bias":
-            return "fixed"
-        if names[-1].endswith("bias") or "norm" in names[-2 if len(names) > 1 else -1]:
-            return "vector"
-        return "table" if names[-1] in ("embed_tokens", "lm_head") else "matrix"
-
-    return jax.tree_util.tree_map_with_path(kind, params)
+    """The `Kind` of every weight, see `LeafType`."""
+    return map_leaves(lambda leaf, _: leaf.kind, params)
 
 
 def _dimension_numbers(params: Any) -> Any:
-    def dimensions(path, x):
-        summed, kept = _SUMMED_AND_KEPT.get(path[-1].key, ((-2,), (-1,)))
-        return optax.contrib.MuonDimensionNumbers(summed, kept)
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    numbers = optax.contrib.MuonDimensionNumbers
+    return map_leaves(lambda leaf, _: numbers(*leaf.contracted_and_kept), params)

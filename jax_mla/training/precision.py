@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
 
-from jax_mla.params import Params
+from jax_mla.params import Params, map_leaves
 
 Float = Literal["float32", "bfloat16", "float16"]
-# They decide between nearly equal experts, so no pass narrows them.
-_ROUTER = ("gate", "e_score_correction_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +50,12 @@ class Precision:
     def to_compute(self, params: Params) -> Params:
         """The weights as the passes use them; those of the router stay as they are."""
 
-        def narrow(path, x):
-            return x if path[-1].key in _ROUTER else x.astype(self.compute)
+        def narrow(leaf, x):
+            return x.astype(self.compute) if leaf.dtype == "any" else x
 
-        return jax.tree_util.tree_map_with_path(narrow, params)
+        return map_leaves(narrow, params)
 
     def to_param(self, params: Params) -> Params:
         """The weights as the optimizer holds them; a router's bias is always float32."""
 
-        def hold(path, x):
-            is_bias = path[-1].key == "e_score_correction_bias"
-            return jnp.asarray(x, jnp.float32 if is_bias else self.param)
-
-        return jax.tree_util.tree_map_with_path(hold, params)
+        return map_leaves(lambda leaf, x: jnp.asarray(x, leaf.stored_dtype(self.param)), params)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jax_mla.config.leaf_types import ROUTER_BIAS, flatten, leaf_type
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.params import Params
+from jax_mla.params import Params, map_leaves
 
 
 def expert_load(expert_index: Int[Array, "*L B T A"], config: DeepSeekConfig) -> Int[Array, "*L E"]:
@@ -32,12 +33,20 @@ def update_router_bias(params: Params, load: Int[Array, "L E"], rate: float) -> 
 
     Source: Wang et al., arXiv 2408.15664.
     """
-    moe = params.get("moe_layers", {})
-    bias = moe.get("mlp", {}).get("e_score_correction_bias")
-    if bias is None:
+    if not has_router_bias(params):
         raise ValueError("these parameters have no e_score_correction_bias to update")
-    if load.shape != bias.shape:
-        raise ValueError(f"load has shape {load.shape}, the router bias {bias.shape}")
     off = load.mean(axis=-1, keepdims=True, dtype=jnp.float32) - load
-    mlp = moe["mlp"] | {"e_score_correction_bias": bias + rate * jnp.sign(off)}
-    return params | {"moe_layers": moe | {"mlp": mlp}}
+
+    def move(leaf, x):
+        if leaf is not ROUTER_BIAS:
+            return x
+        if load.shape != x.shape:
+            raise ValueError(f"load has shape {load.shape}, the router bias {x.shape}")
+        return x + rate * jnp.sign(off)
+
+    return map_leaves(move, params)
+
+
+def has_router_bias(params: Params) -> bool:
+    """Whether there is a bias for `update_router_bias` to move."""
+    return any(leaf_type(path) is ROUTER_BIAS for path in flatten(params))

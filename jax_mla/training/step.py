@@ -21,7 +21,7 @@ from jax_mla.training.batch import Batch, check_rows
 from jax_mla.training.loss import LossSums, NextTokenLoss, counted, loss_sums
 from jax_mla.training.optimizer import make_optimizer, square_sum
 from jax_mla.training.recipe import Recipe
-from jax_mla.training.router_bias import update_router_bias
+from jax_mla.training.router_bias import has_router_bias, update_router_bias
 from jax_mla.training.state import TrainState, state_shardings
 
 
@@ -169,7 +169,7 @@ def updated(state: TrainState, gradients: Params, load, recipe: Recipe, is_finit
     """The next state; its weights are the old ones where float16 gradients are not finite."""
     updates, opt_state = make_optimizer(recipe).update(gradients, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    if load is not None and recipe.router_bias_rate and _has_router_bias(params):
+    if load is not None and recipe.router_bias_rate and has_router_bias(params):
         params = update_router_bias(params, load, recipe.router_bias_rate)
     step = state.step + 1
     if state.loss_scale is None:
@@ -193,7 +193,3 @@ def next_loss_scale(scale: DynamicScale, is_finite: Bool[Array, ""]) -> DynamicS
     slope = jnp.where(is_finite, 0.0, jnp.inf)
     new_scale, *_ = scale.value_and_grad(lambda x: x * slope)(jnp.ones(()))
     return new_scale
-
-
-def _has_router_bias(params: Params) -> bool:
-    return "e_score_correction_bias" in params.get("moe_layers", {}).get("mlp", {})

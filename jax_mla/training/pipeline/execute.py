@@ -145,8 +145,9 @@ def loss_and_gradients(
 
 def _mean_loss(sums: Sequence[LossSums | None], pipeline: Pipeline, num_tokens, num_rows: int):
     """The loss of the batch, from the sums of every stage."""
-    num_dense = pipeline.config.num_dense_layers
-    num_moe = tuple(max(end - max(first, num_dense), 0) for first, end in pipeline.layers)
+    num_moe = tuple(
+        len(pipeline.stacks(stage).get("moe_layers", ())) for stage in range(pipeline.num_stages)
+    )
     even = [
         None if of_stage is None else programs.evened(of_stage, pipeline.config, max(num_moe))
         for of_stage in sums

@@ -12,15 +12,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jax_mla.checks.sizes import check_positive
+from jax_mla.config.leaf_types import STACKS, TOP_LEVEL, check_known, flatten, leaf_type
+from jax_mla.config.leaves import stacks_of
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params, init, param_shardings
 from jax_mla.sharding.axes import MESH_AXES
 from jax_mla.sharding.placement import partition_spec
 from jax_mla.sharding.rules import LOGICAL_AXES, SPLITS, ShardingRules, as_tuple
 from jax_mla.training.pipeline import joining
-
-_STACKS = ("dense_layers", "moe_layers")
-_NAMES = {"embed_tokens", *_STACKS, "norm", "lm_head"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +106,15 @@ class Pipeline:
             sizes = tuple(even + (stage < more) for stage in range(num_stages))
         ends = [sum(sizes[: stage + 1]) for stage in range(num_stages)]
         return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+    def stacks(self, stage: int) -> dict[str, range]:
+        """Of every stack of the parameter dict, the indices that a stage has."""
+        first, end = self.layers[stage]
+        found = {
+            name: range(max(first - of.start, 0), min(end - of.start, len(of)))
+            for name, of in stacks_of(self.config).items()
+        }
+        return {name: of_stage for name, of_stage in found.items() if of_stage}
 
     @functools.cached_property
     def meshes(self) -> tuple[Mesh, ...]:
@@ -196,27 +204,28 @@ class Pipeline:
         )
 
     def _part(self, params: Params, stage: int, take) -> Params:
-        (first, end), num_dense = self.layers[stage], self.config.num_dense_layers
-        of_stack = {
-            "dense_layers": (min(first, num_dense), min(end, num_dense)),
-            "moe_layers": (max(first - num_dense, 0), max(end - num_dense, 0)),
-        }
+        check_known(params)
+        first, end = self.layers[stage]
         is_last = end == self.config.num_hidden_layers
         has_embedding = first == 0 or (is_last and self.config.tie_word_embeddings)
-        part = {}
+        of_stack, part = self.stacks(stage), {}
         for name, value in params.items():
-            if name in _STACKS:
-                a, b = of_stack[name]
-                if a < b:
+            if name in STACKS:
+                if name in of_stack:
+                    a, b = of_stack[name].start, of_stack[name].stop
                     part[name] = jax.tree.map(lambda x, a=a, b=b: take(x, a, b), value)
-            elif has_embedding if name == "embed_tokens" else is_last:
+            elif has_embedding if _is_embedding(name, value) else is_last:
                 part[name] = value
         return part
 
 
+def _is_embedding(name: str, value: Any) -> bool:
+    return any(leaf_type(path).part == "embedding" for path in flatten({name: value}))
+
+
 def _holds_params(x: Any) -> bool:
-    """A dict like that of all parameters or of a stage's."""
-    return isinstance(x, dict) and bool(x) and set(x) <= _NAMES
+    """A dict like that of all parameters or of a stage's, of known leaves or not."""
+    return isinstance(x, dict) and bool(TOP_LEVEL & x.keys())
 
 
 def _also_over_stages(rules: ShardingRules) -> ShardingRules:
