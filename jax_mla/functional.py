@@ -133,9 +133,11 @@ def prefill(
 @functools.partial(jax.jit, static_argnames=("config", "has_context", "form", "rules"))
 def _prefill(params, config, tokens, cache, lengths, *, has_context, form, rules):
     model = bind(params, config, rules)
-    x, cache = model.prefill(tokens, cache, num_new=lengths, has_context=has_context, form=form)
+    phase = model.prefilling(tokens, cache, lengths, has_context=has_context, form=form)
+    out = model.run(tokens, phase, cache)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    return model.head(jnp.take_along_axis(x, last, axis=1)[:, 0]), advance(cache, lengths)
+    x = jnp.take_along_axis(out.x, last, axis=1)[:, 0]
+    return model.head(x), advance(out.cache, lengths)
 
 
 def _form(form: Form | None, config: DeepSeekConfig, num_queries: int, cache: Cache) -> Form:
@@ -184,7 +186,8 @@ def _decode_step(params, config, token, cache, *, form, rules):
     tokens = token.reshape(token.shape[0], -1)
     num_new = jnp.full(token.shape[0], tokens.shape[1], jnp.int32)
     if form == "absorbed":
-        x, cache = model.decode(tokens, cache)
+        phase = model.decoding(tokens, cache)
     else:
-        x, cache = model.prefill(tokens, cache, num_new=num_new, form=form)
-    return model.head(x).reshape(*token.shape, -1), advance(cache, num_new)
+        phase = model.prefilling(tokens, cache, num_new, form=form)
+    out = model.run(tokens, phase, cache)
+    return model.head(out.x).reshape(*token.shape, -1), advance(out.cache, num_new)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_mla.cache.latent import Cache
-from jax_mla.cache.shards import own_lengths
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.layers.block import Block, Remat, scan_stack, stack
+from jax_mla.layers.block import Block, Remat, Trace, layer_scan, stack
 from jax_mla.layers.linear import weight
-from jax_mla.layers.mla.forms import Form
-from jax_mla.layers.mla.stripes import from_stripes, to_stripes
-from jax_mla.layers.moe.router import Routing
+from jax_mla.layers.mla.on_mesh import decode_plan, from_stripes, to_stripes
+from jax_mla.layers.moe.load import LayerLoad
 from jax_mla.layers.norm import RMSNorm
-from jax_mla.layers.rope import rope_tables
+from jax_mla.layers.rope import positions_of, rope_tables
+from jax_mla.phases import Decode, Form, Full, Phase, Prefill, Tables
 from jax_mla.sharding.placement import Placement
-from pallas_kernels import mla_decode_plan
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +32,8 @@ class ForwardTrace:
       hidden_states: the embedding, the output of every block but the last, the last after the norm.
       expert_index: the experts of every MoE layer, None without one; in no particular order.
       expert_weight: their weights.
-      num_dropped: of these (token, expert) pairs, those left out of each MoE layer for want of the
-        rules' expert_capacity; None without one.
+      num_dropped: of these (token, expert) pairs, how many expert_capacity dropped in each MoE
+        layer; None without one.
     """
 
     logits: Float[Array, "B T V"]
@@ -46,15 +43,32 @@ class ForwardTrace:
     num_dropped: Int[Array, " L"] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class PassOutput:
+    """Hidden states, normed if the last layer is among those run; the cache; and what was traced.
+
+    `traces` has an entry per stack of layers, see `layer_scan`.
+    """
+
+    x: Float[Array, "B T D"]
+    cache: Any
+    traces: list[Any]
+
+    @property
+    def load(self) -> LayerLoad | None:
+        """The load of every MoE layer, of a pass with trace="load"; None without MoE layers."""
+        return next((load for load in self.traces if load is not None), None)
+
+
 class DeepSeek(nnx.Module):
     """A DeepSeek-family language model.
 
     Args:
       config: the architecture; its dtype is that of the weights.
       placement: the mesh that the weights will lie on; None on a single device.
-      layers: the first and the end of the layers of a part of the model, see `jax_mla.pipeline`;
-        None is all of them. Layer 0 comes with the embedding, the last one with norm and head; of
-        the methods, a part has `hidden_states`, and the last part also `head`.
+      layers: half-open range [first, end) to build, for a pipeline stage; None builds all. Layer 0
+        comes with the embedding, the last one with norm and head. A stage supports only `run`; the
+        last one also `head`.
 
     Source: DeepSeek-V3, arXiv 2412.19437, figure 2.
     """
@@ -95,35 +109,76 @@ class DeepSeek(nnx.Module):
         form: Form | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of every next token, float32."""
-        x, _ = self._forward(tokens, positions, segment_ids, form)
-        return self.head(x)
+        return self.head(self.run(tokens, self.full(tokens, positions, segment_ids, form)).x)
 
-    def hidden_states(
+    def full(
         self,
         tokens: Int[Array, "B T"],
-        *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         form: Form | None = None,
-        remat: Remat = "none",
+        *,
         deterministic: bool = False,
-        observe: Callable[[Routing], Any] | None = None,
-        x: Float[Array, "B T D"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """What `head` takes, and what `observe` returned for every MoE layer, stacked, or None.
+    ) -> Full:
+        """A pass over whole sequences; arguments as in `jax_mla.forward`."""
+        positions = positions_of(tokens, segment_ids) if positions is None else positions
+        tables = self._tables(to_stripes(positions, self.placement))
+        ids = None if segment_ids is None else to_stripes(segment_ids, self.placement)
+        return Full(tables, ids, form, deterministic, None if ids is None else ids >= 0)
+
+    def prefilling(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        num_new: Int[Array, " B"],
+        *,
+        has_context: bool = True,
+        form: Form | None = None,
+    ) -> Prefill:
+        """A pass that appends right-padded tokens to a cache; arguments as in `Prefill`."""
+        positions = to_stripes(_positions_in(cache, tokens), self.placement)
+        is_new = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < num_new[:, None]
+        valid = to_stripes(is_new, self.placement)
+        return Prefill(self._tables(positions), num_new, has_context, form, valid)
+
+    def decoding(
+        self, tokens: Int[Array, "B T"], cache: Cache, *, valid: Bool[Array, "B T"] | None = None
+    ) -> Decode:
+        """A pass that appends T tokens of every sequence to a cache; arguments as in `Decode`."""
+        num_new, page_size = tokens.shape[1], cache.pages.shape[2]
+        lengths = cache.lengths + num_new
+        plan = decode_plan(lengths, num_new, page_size, self.config, self.placement)
+        return Decode(self._tables(_positions_in(cache, tokens)), plan, valid)
+
+    def run(
+        self,
+        x: Int[Array, "B T"] | Float[Array, "B T D"],
+        phase: Phase,
+        cache: Cache | None = None,
+        *,
+        trace: Trace = "none",
+        remat: Remat = "none",
+    ) -> PassOutput:
+        """Runs the layers, and the last norm where this is the whole model or its end.
 
         Args:
-          remat: what of each block is computed again in the backward pass, see `scan_stack`.
-          deterministic: of attention's gradients, see `pallas_kernels.flash_attention`.
-          x: what this function gave for the layers before these; None embeds the tokens.
+          x: tokens, or the hidden states that the layers before these returned.
+          phase: from `full`, `prefilling` or `decoding` of the same tokens.
+          cache: appended to, but its lengths stay: see `cache.pages.advance`.
+          trace, remat: see `layer_scan`.
         """
-
-        def watch(_, routing):
-            return None if observe is None or routing is None else observe(routing)
-
-        options = {"remat": remat, "deterministic": deterministic, "x": x}
-        x, observed = self._forward(tokens, positions, segment_ids, form, watch, **options)
-        return x, next((of_stack for of_stack in observed if of_stack is not None), None)
+        is_striped = not isinstance(phase, Decode)
+        x = to_stripes(x, self.placement) if is_striped else x
+        x = self._embed(x) if x.ndim == 2 else x
+        # The cache is carried, not scanned over: each layer writes its rows in place.
+        carry, traces = (x, cache), []
+        for blocks, first_layer in self._stacks():
+            body, inputs = layer_scan(blocks, phase, first_layer, trace=trace, remat=remat)
+            carry, traced = jax.lax.scan(body, carry, inputs)
+            traces.append(traced)
+        x, cache = carry
+        x = from_stripes(x, self.placement) if is_striped else x
+        return PassOutput(self.norm(x) if self.is_last else x, cache, traces)
 
     def trace(
         self,
@@ -133,55 +188,16 @@ class DeepSeek(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         form: Form | None = None,
     ) -> ForwardTrace:
-        """The same pass, with all that it computed on its way."""
-
-        def watch(x, routing):
-            x = from_stripes(x, self.placement)
-            if routing is not None:
-                chosen = routing.expert_index, routing.expert_weight
-                index, weights = (from_stripes(a, self.placement) for a in chosen)
-                routing = Routing(index, weights, num_dropped=routing.num_dropped)
-            return x, routing
-
-        x, layers = self._forward(tokens, positions, segment_ids, form, watch)
-        before = jnp.concatenate([inputs for inputs, _ in layers])  # what each block was given
-        routing = next((r for _, r in layers if r is not None), None)
-        chosen = (
-            (None, None, None)
-            if routing is None
-            else (routing.expert_index, routing.expert_weight, routing.num_dropped)
-        )
-        return ForwardTrace(self.head(x), jnp.concatenate([before, x[None]]), *chosen)
-
-    def prefill(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: Cache,
-        *,
-        num_new: Int[Array, " B"],
-        has_context: bool = True,
-        form: Form | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of right-padded tokens on top of a cache, and the cache with them."""
-        tables = self._tables(to_stripes(_cached_positions(tokens, cache), self.placement))
-        options = {"num_new": num_new, "has_context": has_context, "form": form}
-        x, cache = self._run_cached(
-            to_stripes(tokens, self.placement),
-            cache,
-            lambda mla, x, c, i: mla.prefill(x, c, i, tables, **options),
-        )
-        return from_stripes(x, self.placement), cache
-
-    def decode(
-        self, tokens: Int[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of T tokens on top of a cache, and the cache with them."""
-        tables = self._tables(_cached_positions(tokens, cache))
-        num_new = tokens.shape[1]
-        plan = self._plan(cache.lengths + num_new, num_new, cache.pages.shape[2])
-        return self._run_cached(
-            tokens, cache, lambda mla, x, c, i: mla.decode(x, c, i, tables, plan=plan)
-        )
+        """The same pass as a call, with all that it computed on its way."""
+        out = self.run(tokens, self.full(tokens, positions, segment_ids, form), trace="all")
+        in_order = jax.vmap(functools.partial(from_stripes, placement=self.placement))
+        before = jnp.concatenate([in_order(inputs) for inputs, _ in out.traces])
+        hidden_states = jnp.concatenate([before, out.x[None]])
+        routing = next((routing for _, routing in out.traces if routing is not None), None)
+        if routing is None:
+            return ForwardTrace(self.head(out.x), hidden_states, None, None)
+        index, weight = in_order(routing.expert_index), in_order(routing.expert_weight)
+        return ForwardTrace(self.head(out.x), hidden_states, index, weight, routing.num_dropped)
 
     def head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of normed hidden states."""
@@ -194,29 +210,6 @@ class DeepSeek(nnx.Module):
         w = w[...].astype(x.dtype)
         highest = jax.lax.Precision.HIGHEST
         return jnp.einsum(equation, x, w, precision=highest, preferred_element_type=jnp.float32)
-
-    def _plan(self, lengths, num_new: int, page_size: int):
-        """Once a step, for all layers; under a mesh every device plans for the tokens it holds."""
-        place = self.placement
-        heads = self.config.num_attention_heads // (place.num_shards("heads") if place else 1)
-        plan = functools.partial(mla_decode_plan, num_rows=num_new * heads, page_size=page_size)
-        if place is None:
-            return plan(lengths)
-        context_axes = place.axes("context")
-
-        def plan_own(lengths):
-            if context_axes:
-                share = jax.lax.axis_size(context_axes), jax.lax.axis_index(context_axes)
-                lengths = own_lengths(lengths, page_size, *share)
-            return plan(lengths)
-
-        return jax.shard_map(
-            plan_own,
-            mesh=place.mesh,
-            in_specs=place.spec("batch"),
-            out_specs=place.spec(("context", "batch")),
-            check_vma=False,
-        )(lengths)
 
     def _embed(self, tokens):
         x = self.embed_tokens[...][tokens]
@@ -233,74 +226,11 @@ class DeepSeek(nnx.Module):
             stacks.append((self.moe_layers, self.config.num_dense_layers))
         return stacks
 
-    def _forward(
-        self,
-        tokens,
-        positions,
-        segment_ids,
-        form,
-        watch=lambda x, routing: None,
-        *,
-        remat: Remat = "none",
-        deterministic: bool = False,
-        x=None,
-    ) -> tuple[Array, list[Any]]:
-        if positions is None:
-            positions = _positions(tokens, segment_ids)
-        striped = functools.partial(to_stripes, placement=self.placement)
-        tables = self._tables(striped(positions))
-        segment_ids = None if segment_ids is None else striped(segment_ids)
-        valid = None if segment_ids is None else segment_ids >= 0
-
-        def attend(mla, x):
-            options = {"form": form, "deterministic": deterministic}
-            return mla(x, tables, segment_ids=segment_ids, **options), None
-
-        def run(block, x, layer):
-            y, _, routing = block(x, attend, valid=valid)
-            return y, watch(x, routing)
-
-        x, traces = self._embed(striped(tokens)) if x is None else striped(x), []
-        for blocks, _ in self._stacks():
-            x, traced = scan_stack(blocks, run, x, remat=remat)
-            traces.append(traced)
-        x = from_stripes(x, self.placement)
-        return self.norm(x) if self.is_last else x, traces
-
-    def _run_cached(self, tokens, cache, attend) -> tuple[Array, Any]:
-        # The cache is carried, not scanned over: each layer writes its rows in place.
-        carry = self._embed(tokens), cache
-        for blocks, first_layer in self._stacks():
-
-            def run(block, carry, i, first_layer=first_layer):
-                x, cache = carry
-                x, cache, _ = block(
-                    x,
-                    lambda mla, normed: attend(mla, normed, cache, first_layer + i),
-                    expert_layer=i,
-                )
-                return (x, cache), None
-
-            carry, _ = scan_stack(blocks, run, carry, pool_experts=True)
-        x, cache = carry
-        return self.norm(x), cache
-
-    def _tables(self, positions):
+    def _tables(self, positions: Int[Array, "B T"]) -> Tables:
         c = self.config
         return rope_tables(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
 
 
-def _cached_positions(tokens, cache):
-    """Of tokens behind the cached ones."""
+def _positions_in(cache: Cache, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions of tokens appended to a cache."""
     return cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-
-
-def _positions(tokens, segment_ids):
-    """0, 1, 2, ... from the first token of each segment."""
-    count = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    if segment_ids is None:
-        return count
-    is_first = jnp.concatenate(
-        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-    )
-    return count - jax.lax.cummax(jnp.where(is_first, count, 0), axis=1)

@@ -134,10 +134,11 @@ def _start(params, run: _Run, tokens, lengths, key, options, new_bucket) -> _Sta
         dtype=params["embed_tokens"].dtype,
         num_shares=1 if model.placement is None else model.placement.num_shards("context"),
     )
-    x, cache = model.prefill(tokens, cache, num_new=lengths, has_context=False)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    phase = model.prefilling(tokens, cache, lengths, has_context=False)
+    out = model.run(tokens, phase, cache)
+    last = jnp.take_along_axis(out.x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     state = _State(
-        cache=advance(cache, lengths),
+        cache=advance(out.cache, lengths),
         token=jnp.zeros(batch, jnp.int32),
         is_active=jnp.ones(batch, bool),
         step=jnp.zeros((), jnp.int32),
@@ -150,10 +151,11 @@ def _start(params, run: _Run, tokens, lengths, key, options, new_bucket) -> _Sta
 def _step(params, run: _Run, state: _State, key, options) -> _State:
     """Feeds the last token and writes the next one."""
     model = bind(params, run.config, run.rules)
-    x, cache = model.decode(state.token[:, None], state.cache)
+    token = state.token[:, None]
+    out = model.run(token, model.decoding(token, state.cache), state.cache)
     # A row that has ended keeps its length: its last cache row is rewritten and never counted.
-    state = dataclasses.replace(state, cache=advance(cache, state.is_active))
-    return _readable(_write(state, model.head(x[:, 0]), run, key, options), params, run)
+    state = dataclasses.replace(state, cache=advance(out.cache, state.is_active))
+    return _readable(_write(state, model.head(out.x[:, 0]), run, key, options), params, run)
 
 
 def _readable(state: _State, params, run: _Run) -> _State:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from jax_mla.cache.latent import Cache
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.mla.module import MLA
 from jax_mla.layers.mlp import SwiGLU
+from jax_mla.layers.moe.load import layer_load
 from jax_mla.layers.moe.module import MoE
 from jax_mla.layers.moe.router import Routing
 from jax_mla.layers.norm import RMSNorm
+from jax_mla.phases import Full, Phase
 from jax_mla.sharding.placement import Placement, constrain_tokens
 
 Kind = Literal["dense", "moe"]
+
+# What a pass keeps of every layer: nothing, the load of its experts, or its input and routing.
+Trace = Literal["none", "load", "all"]
 
 Remat = Literal["none", "full", "dots"]
 # What the backward pass finds saved of a block, besides its input; the rest is computed again.
@@ -26,6 +33,15 @@ _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOutput:
+    """Hidden states, the cache with what was appended to it, and the routing of a MoE block."""
+
+    x: Float[Array, "B T D"]
+    cache: Any
+    routing: Routing | None
 
 
 class Block(nnx.Module):
@@ -59,25 +75,29 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        attend: Callable[[MLA, Array], tuple[Array, Any]],
+        phase: Phase,
+        cache: Cache | None = None,
+        layer: int | Int[Array, ""] = 0,
         *,
-        valid: Bool[Array, "B T"] | None = None,
         expert_layer: int | Int[Array, ""] = 0,
-    ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
-        """Runs the block; `attend(self_attn, normed)` returns its output and what to pass on.
+    ) -> BlockOutput:
+        """Runs the block.
 
         Args:
-          valid: False for padding, which goes to no routed expert; None if there is none.
+          phase: the kind of pass.
+          cache: of all layers, for a pass that has one.
+          layer: this block's layer in the cache.
+          expert_layer: this block's layer in a pool of experts, see `layer_scan`.
         """
         x = constrain_tokens(x, self.placement)
-        attended, state = attend(self.self_attn, self.input_layernorm(x))
+        attended, cache = self.self_attn.attend(self.input_layernorm(x), phase, cache, layer)
         x = self._add(x, attended)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            routing = self.mlp.route(normed, valid)
+            routing = self.mlp.route(normed, phase.valid)
             y = self.mlp(normed, routing, expert_layer=expert_layer)
-            return self._add(x, y), state, routing
-        return self._add(x, self.mlp(normed)), state, None
+            return BlockOutput(self._add(x, y), cache, routing)
+        return BlockOutput(self._add(x, self.mlp(normed)), cache, None)
 
     def _add(self, x, branch):
         return x + branch if self.residual_scale == 1.0 else x + branch * self.residual_scale
@@ -109,36 +129,49 @@ def stack(
     return nnx.merge(graphdef, stacked)
 
 
-def scan_stack(
-    blocks: Block,
-    run: Callable[[Block, Any, Array], tuple[Any, Any]],
-    carry: Any,
-    *,
-    pool_experts: bool = False,
-    remat: Remat = "none",
-) -> tuple[Any, Any]:
-    """carry, y = run(block, carry, layer) over the layers of a stack; traced and compiled once.
+def layer_scan(
+    blocks: Block, phase: Phase, first_layer: int, *, trace: Trace, remat: Remat
+) -> tuple[Callable[..., Any], tuple[Any, Array]]:
+    """The body and the inputs of a `jax.lax.scan` over a stack: its layers are compiled once.
 
-    A scan copies each layer's slice of every weight. With `pool_experts` the experts, of which a
-    step may need few, stay where they are: each block holds those of all layers, [L, E, ...], and
+    The carry is (x, cache); what is stacked is what `trace` names, None otherwise.
+
+    A scan copies each layer's slice of every weight. In a pass with a cache the experts, of which
+    it may need few, stay where they are: each block holds those of all layers, [L, E, ...], and
     `expert_layer` finds its own. Not for gradients, which would be as large as the pool in every
-    layer. `remat` trades memory of the backward pass for computing again: "none", "dots"
-    keeps the outputs of projections, "full" only each block's input.
+    layer.
+
+    Args:
+      first_layer: the stack's first layer in the cache.
+      trace: "load" stacks each MoE block's LayerLoad, "all" its input and routing.
+      remat: trades memory of the backward pass for computing again: "none", "dots" keeps the
+        outputs of projections, "full" only each block's input.
+
+    Raises:
+      ValueError: remat has no such name.
     """
     graphdef, state = nnx.split(blocks)
     num_layers = jax.tree.leaves(state)[0].shape[0]
-    pool = None
-    if pool_experts and isinstance(blocks.mlp, MoE):
-        pool = state["mlp"].pop("experts")
+    is_pooled = isinstance(blocks.mlp, MoE) and not isinstance(phase, Full)
+    pool = state["mlp"].pop("experts") if is_pooled else None
 
     def body(carry, inputs):
-        layer_state, layer = inputs
+        (x, cache), (layer_state, i) = carry, inputs
         if pool is not None:
             layer_state["mlp"]["experts"] = pool
-        return run(nnx.merge(graphdef, layer_state), carry, layer)
+        block = nnx.merge(graphdef, layer_state)
+        expert_layer = i if is_pooled else 0
+        out = block(x, phase, cache, first_layer + i, expert_layer=expert_layer)
+        if trace == "all":
+            traced = x, out.routing
+        elif trace == "load" and out.routing is not None:
+            traced = layer_load(out.routing, block.self_attn.config)
+        else:
+            traced = None
+        return (out.x, out.cache), traced
 
     if remat != "none":
         if remat not in _SAVED:
             raise ValueError(f"remat {remat!r} is not one of none, {', '.join(_SAVED)}")
         body = jax.checkpoint(body, prevent_cse=False, policy=_SAVED[remat])
-    return jax.lax.scan(body, carry, (state, jnp.arange(num_layers, dtype=jnp.int32)))
+    return body, (state, jnp.arange(num_layers, dtype=jnp.int32))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jax_mla.config import RopeScaling
 
@@ -77,3 +78,16 @@ def rotate(
     cos, sin = cos.reshape(shape), sin.reshape(shape)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def positions_of(
+    tokens: Shaped[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
+    """0, 1, 2, ... from the first token of each row, or of each segment."""
+    count = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    if segment_ids is None:
+        return count
+    is_first = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return count - jax.lax.cummax(jnp.where(is_first, count, 0), axis=1)

@@ -14,13 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_mla.checks.tokens import check_batch
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.block import Remat
-from jax_mla.layers.moe.router import Routing
 from jax_mla.params import Params, bind
 from jax_mla.sharding.divide import check_split
 from jax_mla.sharding.placement import placement_of
 from jax_mla.sharding.rules import ShardingRules
 from jax_mla.training.precision import Precision
-from jax_mla.training.router_bias import expert_load
 
 
 @jax.tree_util.register_dataclass
@@ -167,18 +165,17 @@ def loss_sums(
       x: the hidden states before them; None embeds the tokens.
     """
 
-    def observe(routing: Routing):
-        load = expert_load(routing.expert_index, config)
-        return load, sequence_balance(routing).sum(), routing.num_dropped
-
     narrow = params if precision is None else precision.to_compute(params)
     trunk = bind(narrow, config, rules, layers=layers)
     tokens = jnp.asarray(tokens)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    options = {"remat": remat, "deterministic": deterministic, "observe": observe, "x": x}
-    x, observed = trunk.hidden_states(tokens, segment_ids=segment_ids, **options)
-    load, balance, num_dropped = (None, jnp.zeros(()), None) if observed is None else observed
-    of_layers = balance.sum(), load, None if num_dropped is None else num_dropped.sum()
+    phase = trunk.full(tokens, segment_ids=segment_ids, deterministic=deterministic)
+    out = trunk.run(tokens if x is None else x, phase, trace="load", remat=remat)
+    x, loads = out.x, out.load
+    of_layers = (jnp.zeros(()), None, None)
+    if loads is not None:
+        num_dropped = None if loads.num_dropped is None else loads.num_dropped.sum()
+        of_layers = loads.balance.sum(), loads.load, num_dropped
     if not trunk.is_last:
         return x, LossSums(jnp.zeros(()), jnp.zeros(()), *of_layers)
     # The head narrows the weights as they were given, so that its gradients are summed over the
@@ -195,32 +192,6 @@ def loss_sums(
         chunk_tokens * devices,
     )
     return x, LossSums(nll, squared_lse, *of_layers)
-
-
-def sequence_balance(routing: Routing) -> Float[Array, " B"]:
-    """sum_e f[e] * P[e] per row: 1 where its tokens are spread evenly over the experts.
-
-    f[e] = E / (A * T) * the tokens of the row that were sent to expert e, P[e] = the mean over the
-    row of score[e] / sum(scores). All tokens of a row count as one sequence of length T; padding,
-    whose expert_index is -1, does not count, and a row of nothing else has 0. Only P has a
-    gradient.
-
-    Args:
-      routing: of [B, T] tokens, with scores.
-
-    Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20.
-    """
-    scores, (num_rows, _, active) = routing.scores, routing.expert_index.shape
-    assert scores is not None
-    num_experts = scores.shape[-1]
-    is_valid = routing.expert_index[..., :1] >= 0
-    num_tokens = jnp.maximum(is_valid.sum(axis=1), 1).astype(jnp.float32)
-    flat = jnp.where(is_valid, routing.expert_index, num_experts).reshape(num_rows, -1)
-    count = jax.vmap(lambda index: jnp.bincount(index, length=num_experts))(flat)
-    f = count.astype(jnp.float32) * (num_experts / (active * num_tokens))
-    share = scores / scores.sum(axis=-1, keepdims=True)
-    p = jnp.where(is_valid, share, 0).sum(axis=1) / num_tokens
-    return (f * p).sum(axis=-1)
 
 
 def _summed_over_chunks(head, x, labels, is_counted, chunk_tokens) -> tuple[Array, Array]:

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_mla.config.leaf_types import ROUTER_BIAS, flatten, leaf_type
-from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params, map_leaves
-
-
-def expert_load(expert_index: Int[Array, "*L B T A"], config: DeepSeekConfig) -> Int[Array, "*L E"]:
-    """Tokens of a batch per expert, of one layer or of each layer; padding (-1) is not counted."""
-    if expert_index.ndim == 3:
-        num_experts, _, _ = config.moe_sizes
-        # bincount counts a negative number as 0, and leaves out what is past its length.
-        chosen = jnp.where(expert_index < 0, num_experts, expert_index)
-        return jnp.bincount(chosen.reshape(-1), length=num_experts)
-    return jax.vmap(lambda of_layer: expert_load(of_layer, config))(expert_index)
 
 
 def update_router_bias(params: Params, load: Int[Array, "L E"], rate: float) -> Params:

@@ -16,8 +16,9 @@ from numerics import assert_close, normal
 
 import jax_mla
 from jax_mla.cache.shards import own_lengths
-from jax_mla.layers.mla.attend import attend_new, merge_over_devices
-from jax_mla.layers.mla.stripes import from_stripes, gather_stripes, stripe_order, to_stripes
+from jax_mla.layers.mla.attend import NewTokens, attend_new, merge_over_devices
+from jax_mla.layers.mla.on_mesh import from_stripes, to_stripes
+from jax_mla.layers.mla.stripes import gather_stripes, stripe_order
 from jax_mla.sharding import layouts
 from jax_mla.sharding.placement import Placement, partition_spec
 from jax_mla.training import Recipe, next_token_loss
@@ -97,7 +98,7 @@ def test_every_device_sees_equally_many_keys(form, mesh, rng):
     options = {"config": CONFIG, "form": form, "sequence_axes": ("sequence",)}
     _, lse = jax.jit(
         jax.shard_map(
-            lambda q_nope, q_pe, rows, *w: attend_new(q_nope, q_pe, rows, *w, **options),
+            lambda *new: attend_new(NewTokens(*new), **options),
             mesh=mesh,
             in_specs=(P(None, "sequence"), P(None, "sequence"), P(None, "sequence"), P(), P()),
             out_specs=P(None, "sequence"),

@@ -1,29 +1,46 @@
 """Attention over latents as functions of arrays: to a sequence itself, and to a cache.
 
-They run on what one device holds: under a mesh `MLA` maps them over it. There `sequence_axes` are
-the mesh axes that split the new tokens into stripes (`layers/stripes`), `context_axes` those that
-split the cached ones.
+They run on what one device holds; `on_mesh` maps them over a mesh. There `sequence_axes` are the
+mesh axes that shard the new tokens in stripes (see `stripes`), `context_axes` those that shard the
+cached ones.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from jax_mla.cache.latent import LatentCache, PagedLatentCache
-from jax_mla.cache.pages import layer_pages
+from jax_mla.cache.latent import Cache, LatentCache, PagedLatentCache
+from jax_mla.cache.pages import advance, append, layer_pages
+from jax_mla.cache.shards import own_tokens
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.linear import project
 from jax_mla.layers.mla.stripes import gather_stripes, stripe_order
-from pallas_kernels import flash_attention, merge_attention, mla_decode
+from jax_mla.phases import Form
+from pallas_kernels import MLADecodePlan, flash_attention, merge_attention, mla_decode
 
 # Cached tokens that the expanded form turns into keys and values at a time.
 CONTEXT_BLOCK = 512
 
-# Output, of H numbers or, absorbed, of C, and lse.
+
+class NewTokens(NamedTuple):
+    """New tokens as attention takes them, and the weights that expand or absorb their latents.
+
+    `rows` is what is cached of each token: its normalised latent, then its rotated key.
+    """
+
+    q_nope: Float[Array, "B T N P"]
+    q_pe: Float[Array, "B T N R"]
+    rows: Float[Array, "B T X"]
+    k_b_proj: Float[Array, "N P C"]
+    v_b_proj: Float[Array, "N H C"]
+
+
+# Output, of H numbers per head or, absorbed, of C, and lse.
 Result = tuple[Float[Array, "B T N H_or_C"], Float32[Array, "B T N"]]
 
 
@@ -54,28 +71,24 @@ def value_up(
 
 
 def attend_new(
-    q_nope: Float[Array, "B T N P"],
-    q_pe: Float[Array, "B T N R"],
-    rows: Float[Array, "B T X"],
-    k_b_proj: Float[Array, "N P C"],
-    v_b_proj: Float[Array, "N H C"],
+    new: NewTokens,
     segment_ids: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     *,
     config: DeepSeekConfig,
-    form: str,
+    form: Form,
     sequence_axes: tuple[str, ...] = (),
     deterministic: bool = False,
 ) -> Result:
     """Causal attention of new tokens to themselves; absorbed, its output is still a latent."""
     if form == "expanded":
-        q = jnp.concatenate([q_nope, q_pe], axis=-1)
+        q = jnp.concatenate([new.q_nope, new.q_pe], axis=-1)
     else:
-        q = absorb_query(q_nope, q_pe, k_b_proj)
+        q = absorb_query(new.q_nope, new.q_pe, new.k_b_proj)
 
     def keys_values(rows):
         if form == "expanded":
-            return expand(rows, k_b_proj, v_b_proj)
+            return expand(rows, new.k_b_proj, new.v_b_proj)
         k = rows[:, :, None, :]
         return k, k[..., : config.kv_lora_rank]
 
@@ -86,15 +99,15 @@ def attend_new(
         deterministic=deterministic,
     )
     if not sequence_axes:
-        return attend(q, *keys_values(rows), segment_ids=segment_ids, lengths=lengths)
-    everything = keys_values(gather_stripes(rows, sequence_axes))
+        return attend(q, *keys_values(new.rows), segment_ids=segment_ids, lengths=lengths)
+    everything = keys_values(gather_stripes(new.rows, sequence_axes))
     return _attend_striped(attend, q, *everything, segment_ids, lengths, sequence_axes)
 
 
 def _attend_striped(attend, q, k, v, segment_ids, lengths, axes) -> Result:
-    """Each of a device's two stripes attends to itself, and then to all that comes before it.
+    """Each local stripe attends to itself (causal) and to all earlier positions (masked by length).
 
-    The second attention ends at a length, where the op stops: equal work in sum on every device.
+    Pairing an early with a late stripe balances the work: the op stops at a length.
     """
     num_stripes, T = 2 * jax.lax.axis_size(axes), k.shape[1]
     size = T // num_stripes
@@ -122,29 +135,71 @@ def _attend_striped(attend, q, k, v, segment_ids, lengths, axes) -> Result:
     return jnp.concatenate([out_a, out_b], axis=1), jnp.concatenate([lse_a, lse_b], axis=1)
 
 
-def attend_cached(
-    q_nope: Float[Array, "B T N P"],
-    q_pe: Float[Array, "B T N R"],
-    k_b_proj: Float[Array, "N P C"],
-    v_b_proj: Float[Array, "N H C"],
-    cache: LatentCache | PagedLatentCache,
-    layer: int | Array,
+def prefill(
+    new: NewTokens,
+    cache: Cache,
+    layer: int | Int[Array, ""],
+    num_new: Int[Array, " B"],
+    plan: None,
     *,
     config: DeepSeekConfig,
-    form: str,
+    form: Form,
+    has_context: bool,
+    sequence_axes: tuple[str, ...] = (),
+    context_axes: tuple[str, ...] = (),
+) -> tuple[Float[Array, "B T N H_or_C"], Cache]:
+    """Attends new tokens to the cache and to themselves, and appends num_new[b] of each row."""
+    options = {"config": config, "form": form, "sequence_axes": sequence_axes}
+    out, lse = attend_new(new, lengths=num_new, **options)
+    if has_context:
+        own = own_tokens(cache, context_axes)
+        context = attend_cached(new, own, layer, context_axes=context_axes, **options)
+        out, _ = merge_attention(out, lse, *context)
+    rows = gather_stripes(new.rows, sequence_axes) if sequence_axes else new.rows
+    return out, append(cache, layer, rows, num_new)
+
+
+def decode(
+    new: NewTokens,
+    cache: Cache,
+    layer: int | Int[Array, ""],
+    num_new: Int[Array, " B"],
+    plan: MLADecodePlan | None,
+    *,
+    config: DeepSeekConfig,
+    context_axes: tuple[str, ...] = (),
+) -> tuple[Float[Array, "B T N C"], Cache]:
+    """Appends all T new tokens of every sequence and attends them to the cache, absorbed."""
+    cache = append(cache, layer, new.rows, num_new)
+    own = own_tokens(advance(cache, num_new), context_axes)
+    pool, table = layer_pages(own, layer)
+    q = absorb_query(new.q_nope, new.q_pe, new.k_b_proj).astype(pool.dtype)
+    C, scale = config.kv_lora_rank, config.softmax_scale
+    out, lse = mla_decode(q, pool, table, own.lengths, latent_dim=C, scale=scale, plan=plan)
+    if context_axes:
+        out, _ = merge_over_devices(out, lse, context_axes)
+    return out, cache
+
+
+def attend_cached(
+    new: NewTokens,
+    cache: LatentCache | PagedLatentCache,
+    layer: int | Int[Array, ""],
+    *,
+    config: DeepSeekConfig,
+    form: Form,
     sequence_axes: tuple[str, ...] = (),
     context_axes: tuple[str, ...] = (),
 ) -> Result:
     """Attention of new tokens to all cached ones; absorbed, its output is still a latent."""
-    arguments = k_b_proj, v_b_proj, cache, layer, config, form
+    attend = _attend_cached_absorbed if form == "absorbed" else _attend_cached_expanded
     if not context_axes:
-        return _attend_cached(q_nope, q_pe, *arguments)
+        return attend(new, cache, layer, config)
     is_split = bool(set(sequence_axes) & set(context_axes))  # then both are the same axes
-    if is_split:  # each device has part of the keys: all queries must meet them
-        q_nope, q_pe = (
-            jax.lax.all_gather(q, context_axes, axis=1, tiled=True) for q in (q_nope, q_pe)
-        )
-    out, lse = _attend_cached(q_nope, q_pe, *arguments)
+    if is_split:  # each device has some of the keys: all queries must meet them
+        gather = functools.partial(jax.lax.all_gather, axis_name=context_axes, axis=1, tiled=True)
+        new = new._replace(q_nope=gather(new.q_nope), q_pe=gather(new.q_pe))
+    out, lse = attend(new, cache, layer, config)
     return merge_over_devices(out, lse, context_axes, scatter=is_split)
 
 
@@ -179,33 +234,29 @@ def merge_over_devices(
     return (merged / total[..., None]).astype(out.dtype), lse
 
 
-def _attend_cached(q_nope, q_pe, k_b_proj, v_b_proj, cache, layer, config, form) -> Result:
-    if form == "absorbed":
-        pool, table = layer_pages(cache, layer)
-        q = absorb_query(q_nope, q_pe, k_b_proj).astype(pool.dtype)
-        C, scale = config.kv_lora_rank, config.softmax_scale
-        out, lse = mla_decode(
-            q, pool, table, cache.lengths, latent_dim=C, scale=scale, causal=False
-        )
-        return out.astype(q_nope.dtype), lse
-    return _attend_cached_expanded(q_nope, q_pe, k_b_proj, v_b_proj, cache, layer, config)
+def _attend_cached_absorbed(new: NewTokens, cache, layer, config: DeepSeekConfig) -> Result:
+    pool, table = layer_pages(cache, layer)
+    q = absorb_query(new.q_nope, new.q_pe, new.k_b_proj).astype(pool.dtype)
+    C, scale = config.kv_lora_rank, config.softmax_scale
+    out, lse = mla_decode(q, pool, table, cache.lengths, latent_dim=C, scale=scale, causal=False)
+    return out.astype(new.q_nope.dtype), lse
 
 
-def _attend_cached_expanded(q_nope, q_pe, k_b_proj, v_b_proj, cache, layer, config) -> Result:
+def _attend_cached_expanded(new: NewTokens, cache, layer, config: DeepSeekConfig) -> Result:
     """Expands the cache a block at a time: no more than CONTEXT_BLOCK keys exist at once."""
     pool, table = layer_pages(cache, layer)
     page_size = pool.shape[1]
-    pages_a_block = -(-CONTEXT_BLOCK // page_size)
-    block = pages_a_block * page_size
-    q = jnp.concatenate([q_nope, q_pe], axis=-1)
+    pages_per_block = -(-CONTEXT_BLOCK // page_size)
+    block = pages_per_block * page_size
+    q = jnp.concatenate([new.q_nope, new.q_pe], axis=-1)
 
     def attend_block(i, carry):
-        slots = jnp.minimum(i * pages_a_block + jnp.arange(pages_a_block), table.shape[1] - 1)
+        slots = jnp.minimum(i * pages_per_block + jnp.arange(pages_per_block), table.shape[1] - 1)
         rows = pool.at[table[:, slots]].get(mode="clip").reshape(q.shape[0], block, -1)
         left = jnp.clip(cache.lengths - i * block, 0, block)
         # Rows that hold no token may hold NaN, which a matmul of the weights would keep.
         rows = jnp.where(jnp.arange(block)[None, :, None] < left[:, None, None], rows, 0)
-        k, v = expand(rows.astype(q.dtype), k_b_proj, v_b_proj)
+        k, v = expand(rows.astype(q.dtype), new.k_b_proj, new.v_b_proj)
         out, lse = flash_attention(
             q, k, v, causal=False, scale=config.softmax_scale, lengths=left, return_lse=True
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from jax_mla.config.model import DeepSeekConfig
-
-Form = Literal["expanded", "absorbed"]
+from jax_mla.phases import Form
 
 # Operations that a GPU does in the time it moves one byte (an H200: 790 TFLOP/s over 4.3 TB/s).
 FLOP_PER_BYTE = 184

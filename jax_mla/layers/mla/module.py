@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jax_mla.cache.latent import Cache
-from jax_mla.cache.pages import advance, append, capacity, layer_pages
-from jax_mla.cache.shards import own_tokens
+from jax_mla.cache.pages import capacity
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.linear import constant, project, weight
-from jax_mla.layers.mla.attend import (
-    absorb_query,
-    attend_cached,
-    attend_new,
-    merge_over_devices,
-    value_up,
-)
-from jax_mla.layers.mla.forms import Form, resolve_form
-from jax_mla.layers.mla.on_mesh import over_mesh, over_mesh_cached
-from jax_mla.layers.mla.stripes import gather_stripes, to_stripes
+from jax_mla.layers.mla.attend import NewTokens, attend_new, decode, prefill, value_up
+from jax_mla.layers.mla.forms import resolve_form
+from jax_mla.layers.mla.on_mesh import cached_on_mesh, full_on_mesh, to_stripes
 from jax_mla.layers.norm import LATENT_NORM_EPS, RMSNorm
-from jax_mla.layers.rope import rope_tables, rotate
+from jax_mla.layers.rope import positions_of, rope_tables, rotate
+from jax_mla.phases import Decode, Form, Full, Phase, Prefill, Tables
 from jax_mla.sharding.placement import Placement
-from pallas_kernels import MLADecodePlan, merge_attention, mla_decode
-
-Tables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+from pallas_kernels import MLADecodePlan
 
 
 class MLA(nnx.Module):
@@ -100,16 +93,8 @@ class MLA(nnx.Module):
           deterministic: of gradients, see `pallas_kernels.flash_attention`.
         """
         tables = self._tables(x) if tables is None else tables
-        q_nope, q_pe = self._queries(x, tables)
-        rows = self._rows(x, tables)
-        form = resolve_form(form, self.config, x.shape[1], 0)
-        sequence = self._sequence(x)
-        options = {"sequence_axes": self._axes(sequence), "deterministic": deterministic}
-        attend = functools.partial(attend_new, config=self.config, form=form, **options)
-        new_tokens = (q_nope, q_pe, rows, *self._up_projections())
-        attend = over_mesh(attend, self.placement, sequence)
-        out, _ = attend(*new_tokens, segment_ids)
-        return self._output(out, form)
+        out, _ = self.attend(x, Full(tables, segment_ids, form, deterministic))
+        return out
 
     def decode(
         self,
@@ -121,29 +106,7 @@ class MLA(nnx.Module):
         plan: MLADecodePlan | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends T tokens of every sequence to the cache and attends them to it, absorbed."""
-        new = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
-        scale, context_axes = self.config.softmax_scale, self._axes("context")
-        if context_axes and x.shape[1] > 1:  # a device's last tokens need not be the last of all
-            return self._prefill(x, cache, layer, tables, new, True, "absorbed", sequence=None)
-
-        def attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, cache, layer, new, plan):
-            cache = append(cache, layer, rows, new)
-            own = own_tokens(advance(cache, new), context_axes)
-            pool, table = layer_pages(own, layer)
-            q = absorb_query(q_nope, q_pe, k_b_proj).astype(pool.dtype)
-            out, lse = mla_decode(
-                q, pool, table, own.lengths,
-                latent_dim=v_b_proj.shape[-1], scale=scale, plan=plan,
-            )  # fmt: skip
-            if context_axes:
-                out, _ = merge_over_devices(out, lse, context_axes)
-            return out, cache
-
-        q_nope, q_pe = self._queries(x, tables)
-        new_tokens = (q_nope, q_pe, self._rows(x, tables), *self._up_projections())
-        attend = over_mesh_cached(attend, self.placement, sequence=None)
-        out, cache = attend(*new_tokens, cache, layer, new, plan)
-        return self._output(out.astype(x.dtype), "absorbed"), cache
+        return self.attend(x, Decode(tables, plan), cache, layer)
 
     def prefill(
         self,
@@ -159,75 +122,85 @@ class MLA(nnx.Module):
         """Appends the first num_new[b] of T tokens and attends them to the cache and themselves.
 
         Args:
-          num_new: valid tokens of each right-padded row; outputs behind them mean nothing.
+          num_new: valid tokens of each right-padded row; outputs after them mean nothing.
           has_context: False when the cache is known to be empty.
           form: None lets `choose_form` decide.
         """
-        num_cached = capacity(cache) - x.shape[1] if has_context else 0
-        form = resolve_form(form, self.config, x.shape[1], max(num_cached, 0))
-        sequence = self._sequence(x)
-        return self._prefill(x, cache, layer, tables, num_new, has_context, form, sequence=sequence)
+        return self.attend(x, Prefill(tables, num_new, has_context, form), cache, layer)
 
-    def _prefill(self, x, cache, layer, tables, num_new, has_context, form, *, sequence):
-        sequence_axes, context_axes = self._axes(sequence), self._axes("context")
-        options = {"config": self.config, "form": form, "sequence_axes": sequence_axes}
+    def attend(
+        self,
+        x: Float[Array, "B T D"],
+        phase: Phase,
+        cache: Cache | None = None,
+        layer: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """What the three methods above do, by the kind of pass: the output, and the cache.
 
-        def attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, cache, layer, num_new, _):
-            weights = k_b_proj, v_b_proj
-            out, lse = attend_new(q_nope, q_pe, rows, *weights, lengths=num_new, **options)
-            if has_context:
-                own = own_tokens(cache, context_axes)
-                context = attend_cached(
-                    q_nope, q_pe, *weights, own, layer, context_axes=context_axes, **options
-                )
-                out, _ = merge_attention(out, lse, *context)
-            if sequence_axes:
-                rows = gather_stripes(rows, sequence_axes)
-            return out, append(cache, layer, rows, num_new)
-
-        q_nope, q_pe = self._queries(x, tables)
-        new_tokens = (q_nope, q_pe, self._rows(x, tables), *self._up_projections())
-        attend = over_mesh_cached(attend, self.placement, sequence)
-        out, cache = attend(*new_tokens, cache, layer, num_new, None)
+        A `Full` pass has no cache and returns the one that it was given.
+        """
+        new, num_new = self._new_tokens(x, phase.tables), x.shape[1]
+        form = self._form(phase, num_new, cache)
+        run = self._on_devices(phase, x, form)
+        if isinstance(phase, Full):
+            out, _ = run(new, phase.segment_ids)
+        elif isinstance(phase, Prefill):
+            out, cache = run(new, cache, layer, phase.num_new, None)
+        else:
+            every_row = jnp.full(x.shape[:1], num_new, jnp.int32)
+            out, cache = run(new, cache, layer, every_row, phase.plan)
         return self._output(out.astype(x.dtype), form), cache
 
-    def _axes(self, logical_axis: str | None) -> tuple[str, ...]:
-        if self.placement is None or logical_axis is None:
-            return ()
-        return self.placement.axes(logical_axis)
+    def _form(self, phase: Phase, num_new: int, cache: Cache | None) -> Form:
+        if isinstance(phase, Decode):
+            return "absorbed"
+        has_context = isinstance(phase, Prefill) and phase.has_context
+        num_cached = capacity(cache) - num_new if has_context and cache is not None else 0
+        return resolve_form(phase.form, self.config, num_new, max(num_cached, 0))
 
-    def _sequence(self, x) -> str | None:
-        """The logical axis of the positions of a whole sequence or prompt x[B, T, D]."""
-        return None if self.placement is None else self.placement.of_tokens(x)[1]
+    def _on_devices(self, phase: Phase, x: Array, form: Form) -> Callable[..., Any]:
+        """What every device computes, mapped over the mesh if there is one."""
+        place, is_decode = self.placement, isinstance(phase, Decode)
+        context_axes = () if place is None else place.axes("context")
+        # Positions are sharded in whole sequences and in prompts; decoding leaves them together.
+        sequence = None if place is None or is_decode else place.of_tokens(x)[1]
+        sequence_axes = () if place is None or sequence is None else place.axes(sequence)
+        options = {"config": self.config, "form": form, "sequence_axes": sequence_axes}
+        if isinstance(phase, Full):
+            run = functools.partial(attend_new, **options, deterministic=phase.deterministic)
+            return run if place is None else full_on_mesh(run, place, sequence)
+        if is_decode and (x.shape[1] == 1 or not context_axes):
+            run = functools.partial(decode, config=self.config, context_axes=context_axes)
+        else:  # also several new tokens on a sharded context, where the last may be on any device
+            has_context = phase.has_context if isinstance(phase, Prefill) else True
+            options |= {"has_context": has_context, "context_axes": context_axes}
+            run = functools.partial(prefill, **options)
+        return run if place is None else cached_on_mesh(run, place, sequence)
 
-    def _up_projections(self) -> tuple[Array, Array]:
-        return self.k_b_proj[...], self.v_b_proj[...]
-
-    def _tables(self, x):
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-        positions = to_stripes(positions, self.placement)
+    def _tables(self, x: Array) -> Tables:
+        positions = to_stripes(positions_of(x[..., 0]), self.placement)
         c = self.config
         return rope_tables(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
 
-    def _queries(self, x, tables):
-        if self.config.q_lora_rank is None:
-            q = project("BTD,DNK->BTNK", x, self.q_proj[...])
-        else:
-            bias = self.q_a_proj_bias[...] if self.config.attention_bias else None
-            q_c = self.q_a_layernorm(project("BTD,DQ->BTQ", x, self.q_a_proj[...], bias))
-            q = project("BTQ,QNK->BTNK", q_c, self.q_b_proj[...])
-        q_nope, q_pe = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
-        return q_nope, rotate(q_pe, *tables, interleaved=self.config.rope_interleave)
-
-    def _rows(self, x, tables):
-        """What is cached of each token: normalised latent, rotated key."""
+    def _new_tokens(self, x: Array, tables: Tables) -> NewTokens:
+        interleaved = self.config.rope_interleave
+        q_nope, q_pe = jnp.split(self._queries(x), [self.config.qk_nope_head_dim], axis=-1)
         bias = self.kv_a_proj_with_mqa_bias[...] if self.config.attention_bias else None
         row = project("BTD,DX->BTX", x, self.kv_a_proj_with_mqa[...], bias)
         kv_c, k_pe = jnp.split(row, [self.config.kv_lora_rank], axis=-1)
-        k_pe = rotate(k_pe, *tables, interleaved=self.config.rope_interleave)
-        return jnp.concatenate([self.kv_a_layernorm(kv_c), k_pe], axis=-1)
+        k_pe = rotate(k_pe, *tables, interleaved=interleaved)
+        rows = jnp.concatenate([self.kv_a_layernorm(kv_c), k_pe], axis=-1)
+        q_pe = rotate(q_pe, *tables, interleaved=interleaved)
+        return NewTokens(q_nope, q_pe, rows, self.k_b_proj[...], self.v_b_proj[...])
 
-    def _output(self, out, form):
+    def _queries(self, x: Array) -> Float[Array, "B T N PR"]:
+        if self.config.q_lora_rank is None:
+            return project("BTD,DNK->BTNK", x, self.q_proj[...])
+        bias = self.q_a_proj_bias[...] if self.config.attention_bias else None
+        q_c = self.q_a_layernorm(project("BTD,DQ->BTQ", x, self.q_a_proj[...], bias))
+        return project("BTQ,QNK->BTNK", q_c, self.q_b_proj[...])
+
+    def _output(self, out: Array, form: Form) -> Float[Array, "B T D"]:
         if form == "absorbed":
             out = value_up(out, self.v_b_proj[...])
         bias = self.o_proj_bias[...] if self.config.attention_bias else None

@@ -1,74 +1,150 @@
-"""Attention, a program of one device, mapped over a mesh: what each is given and what it gives."""
+"""Latent attention on a mesh: shard_map around what one device computes, and its specs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+from jaxtyping import Array, Float, Float32, Int
 
 from jax_mla.cache.latent import PagedLatentCache
-from jax_mla.cache.shards import cache_specs, renumber
+from jax_mla.cache.shards import cache_specs, own_lengths, renumber
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.layers.mla.attend import NewTokens
+from jax_mla.layers.mla.stripes import exchange_from_stripes, exchange_to_stripes
 from jax_mla.sharding.placement import Placement
+from pallas_kernels import MLADecodePlan, mla_decode_plan
 
 
-def over_mesh(
-    attend: Callable[..., Any], placement: Placement | None, sequence: str | None
-) -> Callable[..., Any]:
-    """attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, segment_ids) of every device's share.
+class AttendFull(Protocol):
+    """Attention of new tokens to themselves: output and lse."""
 
-    Args:
-      attend: returns the output and lse.
-      placement: None for a single device.
-      sequence: logical axis of the positions; None leaves them together.
-    """
-    if placement is None:
-        return attend
+    def __call__(
+        self, new: NewTokens, segment_ids: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T N H_or_C"], Float32[Array, "B T N"]]: ...
+
+
+class AttendCached(Protocol):
+    """Attention of new tokens to a cache, to which they are appended: output and cache."""
+
+    def __call__(
+        self,
+        new: NewTokens,
+        cache: Any,
+        layer: int | Int[Array, ""],
+        num_new: Int[Array, " B"],
+        plan: Any,
+    ) -> tuple[Float[Array, "B T N H_or_C"], Any]: ...
+
+
+def full_on_mesh(attend: AttendFull, placement: Placement, sequence: str | None) -> AttendFull:
+    """`attend` on each device's heads and sequences, and its positions if `sequence` names them."""
     spec = placement.spec
-    heads, weight = spec("batch", sequence, "heads", None), spec("heads", None, None)
-    rows, tokens = spec("batch", sequence, None), spec("batch", sequence)
     return jax.shard_map(
         attend,
         mesh=placement.mesh,
-        in_specs=(heads, heads, rows, weight, weight, tokens),
-        out_specs=(heads, spec("batch", sequence, "heads")),
+        in_specs=(_new_specs(placement, sequence), spec("batch", sequence)),
+        out_specs=(spec("batch", sequence, "heads", None), spec("batch", sequence, "heads")),
         check_vma=False,  # a kernel does not say over which axes its results vary
     )
 
 
-def over_mesh_cached(
-    attend: Callable[..., Any], placement: Placement | None, sequence: str | None
-) -> Callable[..., Any]:
-    """attend(the first five of `over_mesh`, cache, layer, num_new, plan), of every device's share.
+def cached_on_mesh(
+    attend: AttendCached, placement: Placement, sequence: str | None
+) -> AttendCached:
+    """`attend` on every device's heads, sequences and pages.
 
-    Args:
-      attend: returns the output and the cache. Under a mesh it is given a paged one, whose table
-        counts the device's own pages from 0.
+    A device sees a paged cache whose table counts its own pages from 0.
     """
-    if placement is None:
-        return attend
     spec, page_axes = placement.spec, placement.axes("context") + placement.axes("batch")
-    heads, weight = spec("batch", sequence, "heads", None), spec("heads", None, None)
-    rows, batch, fields = spec("batch", sequence, None), spec("batch"), cache_specs(spec)
-    plan = spec(("context", "batch"))
+    fields = cache_specs(spec)
 
-    def share(q_nope, q_pe, rows, k_b_proj, v_b_proj, fields, *others):
-        own = renumber(PagedLatentCache(*fields), page_axes)
-        out, own = attend(q_nope, q_pe, rows, k_b_proj, v_b_proj, own, *others)
+    def on_device(new, fields, layer, num_new, plan):
+        out, own = attend(new, renumber(PagedLatentCache(*fields), page_axes), layer, num_new, plan)
         return out, own.pages
 
     mapped = jax.shard_map(
-        share,
+        on_device,
         mesh=placement.mesh,
-        in_specs=(heads, heads, rows, weight, weight, fields, spec(), batch, plan),
-        out_specs=(heads, fields[0]),
+        in_specs=(
+            _new_specs(placement, sequence),
+            fields,
+            spec(),
+            spec("batch"),
+            spec(("context", "batch")),
+        ),
+        out_specs=(spec("batch", sequence, "heads", None), fields[0]),
         check_vma=False,
     )
 
-    def run(q_nope, q_pe, rows, k_b_proj, v_b_proj, cache, *others):
+    def on_mesh(new, cache, layer, num_new, plan):
         fields = cache.pages, cache.lengths, cache.page_table
-        out, pages = mapped(q_nope, q_pe, rows, k_b_proj, v_b_proj, fields, *others)
+        out, pages = mapped(new, fields, layer, num_new, plan)
         return out, dataclasses.replace(cache, pages=pages)
 
-    return run
+    return on_mesh
+
+
+def _new_specs(placement: Placement, sequence: str | None) -> Any:
+    heads = placement.spec("batch", sequence, "heads", None)
+    weight = placement.spec("heads", None, None)
+    specs = heads, heads, placement.spec("batch", sequence, None), weight, weight
+    return NewTokens._make(specs)
+
+
+def decode_plan(
+    lengths: Int[Array, " B"],
+    num_new: int,
+    page_size: int,
+    config: DeepSeekConfig,
+    placement: Placement | None,
+) -> MLADecodePlan:
+    """The plan of a decode step for all layers; on a mesh each device plans for its own tokens.
+
+    Args:
+      lengths: tokens of each sequence once `num_new` are appended.
+    """
+    heads = config.num_attention_heads // (placement.num_shards("heads") if placement else 1)
+    plan = functools.partial(mla_decode_plan, num_rows=num_new * heads, page_size=page_size)
+    if placement is None:
+        return plan(lengths)
+    context_axes = placement.axes("context")
+
+    def plan_own(lengths):
+        if context_axes:
+            shard = jax.lax.axis_size(context_axes), jax.lax.axis_index(context_axes)
+            lengths = own_lengths(lengths, page_size, *shard)
+        return plan(lengths)
+
+    return jax.shard_map(
+        plan_own,
+        mesh=placement.mesh,
+        in_specs=placement.spec("batch"),
+        out_specs=placement.spec(("context", "batch")),
+        check_vma=False,
+    )(lengths)
+
+
+def to_stripes(x: Array, placement: Placement | None) -> Array:
+    """x[B, T, ...] in the order of stripes; x itself where positions are not split."""
+    return _exchanged(x, placement, exchange_to_stripes)
+
+
+def from_stripes(x: Array, placement: Placement | None) -> Array:
+    """x[B, T, ...] in the order of positions again."""
+    return _exchanged(x, placement, exchange_from_stripes)
+
+
+def _exchanged(x: Array, placement: Placement | None, exchange: Callable[..., Array]) -> Array:
+    """`exchange` of every device's part; each sends its two stripes once, and nothing else."""
+    if placement is None or "sequence" not in (tokens := placement.of_tokens(x)):
+        return x
+    if not (axes := placement.axes("sequence")):
+        return x
+    spec = placement.spec(*tokens)
+    return jax.shard_map(
+        functools.partial(exchange, axes=axes), mesh=placement.mesh, in_specs=spec, out_specs=spec
+    )(x)

@@ -10,31 +10,16 @@ Source: Brandon et al., Striped Attention, arXiv 2311.09431; the pairing of stri
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-
-from jax_mla.sharding.placement import Placement
 
 
 def stripe_order(num_devices: int) -> np.ndarray:
     """The stripes in the order in which the devices hold them, two each."""
     device = np.arange(num_devices)
     return np.stack([device, 2 * num_devices - 1 - device], axis=1).reshape(-1)
-
-
-def to_stripes(x: Array, placement: Placement | None) -> Array:
-    """x[B, T, ...] in the order of stripes; x itself where positions are not split."""
-    return _exchanged(x, placement, _to_stripes)
-
-
-def from_stripes(x: Array, placement: Placement | None) -> Array:
-    """x[B, T, ...] in the order of positions again."""
-    return _exchanged(x, placement, _from_stripes)
 
 
 def gather_stripes(x: Array, axes: tuple[str, ...]) -> Array:
@@ -46,21 +31,10 @@ def gather_stripes(x: Array, axes: tuple[str, ...]) -> Array:
     )
 
 
-def _exchanged(x: Array, placement: Placement | None, exchange: Callable[..., Array]) -> Array:
-    """`exchange` of every device's part; each sends its two stripes once, and nothing else."""
-    if placement is None or "sequence" not in (tokens := placement.of_tokens(x)):
-        return x
-    if not (axes := placement.axes("sequence")):
-        return x
-    spec = placement.spec(*tokens)
-    return jax.shard_map(
-        functools.partial(exchange, axes=axes), mesh=placement.mesh, in_specs=spec, out_specs=spec
-    )(x)
-
-
-# Of the stripes that a device holds, in either order, one has an even number and one an odd one.
-# All even ones are exchanged at a time, and all odd ones.
-def _to_stripes(x: Array, axes: tuple[str, ...]) -> Array:
+# Stripe s is on device min(s, last - s), so that every device holds one even and one odd stripe:
+# two permutations, each of one stripe per device, move them all.
+def exchange_to_stripes(x: Array, axes: tuple[str, ...]) -> Array:
+    """This device's two stripes, from its contiguous part of the positions. Inside shard_map."""
     even, odd = (
         jax.lax.ppermute(stripe, axes, [(i, holder) for i, holder in enumerate(holders)])
         for stripe, holders in zip(jnp.split(x, 2, axis=1), _holders(axes), strict=True)
@@ -68,7 +42,8 @@ def _to_stripes(x: Array, axes: tuple[str, ...]) -> Array:
     return jnp.concatenate(_swapped(even, odd, axes), axis=1)
 
 
-def _from_stripes(x: Array, axes: tuple[str, ...]) -> Array:
+def exchange_from_stripes(x: Array, axes: tuple[str, ...]) -> Array:
+    """The inverse of `exchange_to_stripes`."""
     first, second = jnp.split(x, 2, axis=1)
     stripes = [
         jax.lax.ppermute(stripe, axes, [(holder, i) for i, holder in enumerate(holders)])
