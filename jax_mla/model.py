@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_mla.cache.latent import Cache
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.block import Block, Remat, Trace, layer_scan, stack
-from jax_mla.layers.linear import weight
+from jax_mla.layers.linear import Linear
 from jax_mla.layers.mla.on_mesh import decode_plan, from_stripes, to_stripes
 from jax_mla.layers.moe.load import LayerLoad
 from jax_mla.layers.norm import RMSNorm
@@ -87,10 +87,12 @@ class DeepSeek(nnx.Module):
         self.config, self.placement = config, placement
         self.is_first, self.is_last = first == 0, end == config.num_hidden_layers
         V, D = config.vocab_size, config.hidden_size
-        options = {"stddev": config.initializer_range, "dtype": config.dtype}
+        linear = functools.partial(
+            Linear, rngs=rngs, stddev=config.initializer_range, dtype=config.dtype
+        )
         built = {"rngs": rngs, "placement": placement}
         if self.is_first or (self.is_last and config.tie_word_embeddings):
-            self.embed_tokens = weight(rngs, (V, D), ("vocab", "embed"), **options)
+            self.embed_tokens = linear("...D,VD->...V", (V, D), ("vocab", "embed"))
         if num_dense:
             self.dense_layers = stack(config, "dense", num_dense, **built)
         if num_moe:
@@ -98,7 +100,7 @@ class DeepSeek(nnx.Module):
         if self.is_last:
             self.norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=config.dtype)
         if self.is_last and not config.tie_word_embeddings:
-            self.lm_head = weight(rngs, (D, V), ("embed", "vocab"), **options)
+            self.lm_head = linear("...D,DV->...V", (D, V), ("embed", "vocab"))
 
     def __call__(
         self,
@@ -203,16 +205,11 @@ class DeepSeek(nnx.Module):
         """Float32 logits of normed hidden states."""
         if self.config.logits_divisor != 1.0:
             x = x / self.config.logits_divisor
-        tied = self.config.tie_word_embeddings
-        equation, w = (
-            ("...D,VD->...V", self.embed_tokens) if tied else ("...D,DV->...V", self.lm_head)
-        )
-        w = w[...].astype(x.dtype)
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.einsum(equation, x, w, precision=highest, preferred_element_type=jnp.float32)
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head(x, "float32")
 
     def _embed(self, tokens):
-        x = self.embed_tokens[...][tokens]
+        x = self.embed_tokens.rows(tokens)
         return (
             x if self.config.scale_emb == 1.0 else x * jnp.asarray(self.config.scale_emb, x.dtype)
         )

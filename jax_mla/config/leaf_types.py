@@ -59,39 +59,42 @@ _EXPERT_UP = (("expert", "embed", "mlp"), ("embed",))
 _EXPERT_DOWN = (("expert", "mlp", "embed"), ("mlp",))
 _HEADS = ("heads", "head_dim")
 
+
+def _attention(axes: tuple[str, ...], contracted: tuple[str, ...]) -> LeafType:
+    return LeafType("matrix", "attention", axes, contracted)
+
+
 # By path, with "layer" for the name of a stack.
 LEAF_TYPES = {
-    "embed_tokens": LeafType("table", "embedding", ("vocab", "embed")),
+    "embed_tokens.weight": LeafType("table", "embedding", ("vocab", "embed")),
     "norm.weight": _NORM,
-    "lm_head": LeafType("table", "head", ("embed", "vocab")),
+    "lm_head.weight": LeafType("table", "head", ("embed", "vocab")),
     "layer.input_layernorm.weight": _NORM,
     "layer.post_attention_layernorm.weight": _NORM,
-    "layer.self_attn.q_proj": LeafType("matrix", "attention", ("embed", *_HEADS), ("embed",)),
-    "layer.self_attn.q_a_proj": LeafType("matrix", "attention", ("embed", "q_latent"), ("embed",)),
-    "layer.self_attn.q_a_proj_bias": LeafType("vector", "attention", ("q_latent",)),
+    "layer.self_attn.q_proj.weight": _attention(("embed", *_HEADS), ("embed",)),
+    "layer.self_attn.q_a_proj.weight": _attention(("embed", "q_latent"), ("embed",)),
+    "layer.self_attn.q_a_proj.bias": LeafType("vector", "attention", ("q_latent",)),
     "layer.self_attn.q_a_layernorm.weight": _NORM,
-    "layer.self_attn.q_b_proj": LeafType("matrix", "attention", ("latent", *_HEADS), ("latent",)),
-    "layer.self_attn.kv_a_proj_with_mqa": LeafType(
-        "matrix", "attention", ("embed", "kv_latent"), ("embed",)
-    ),
-    "layer.self_attn.kv_a_proj_with_mqa_bias": LeafType("vector", "attention", ("kv_latent",)),
+    "layer.self_attn.q_b_proj.weight": _attention(("latent", *_HEADS), ("latent",)),
+    "layer.self_attn.kv_a_proj_with_mqa.weight": _attention(("embed", "kv_latent"), ("embed",)),
+    "layer.self_attn.kv_a_proj_with_mqa.bias": LeafType("vector", "attention", ("kv_latent",)),
     "layer.self_attn.kv_a_layernorm.weight": _NORM,
-    "layer.self_attn.k_b_proj": LeafType("matrix", "attention", (*_HEADS, "latent"), ("latent",)),
-    "layer.self_attn.v_b_proj": LeafType("matrix", "attention", (*_HEADS, "latent"), ("latent",)),
-    "layer.self_attn.o_proj": LeafType("matrix", "attention", (*_HEADS, "embed"), _HEADS),
-    "layer.self_attn.o_proj_bias": LeafType("vector", "attention", ("norm",)),
-    "layer.mlp.gate_proj": LeafType("matrix", "dense_mlp", *_UP),
-    "layer.mlp.up_proj": LeafType("matrix", "dense_mlp", *_UP),
-    "layer.mlp.down_proj": LeafType("matrix", "dense_mlp", *_DOWN),
+    "layer.self_attn.k_b_proj.weight": _attention((*_HEADS, "latent"), ("latent",)),
+    "layer.self_attn.v_b_proj.weight": _attention((*_HEADS, "latent"), ("latent",)),
+    "layer.self_attn.o_proj.weight": _attention((*_HEADS, "embed"), _HEADS),
+    "layer.self_attn.o_proj.bias": LeafType("vector", "attention", ("norm",)),
+    "layer.mlp.gate_proj.weight": LeafType("matrix", "dense_mlp", *_UP),
+    "layer.mlp.up_proj.weight": LeafType("matrix", "dense_mlp", *_UP),
+    "layer.mlp.down_proj.weight": LeafType("matrix", "dense_mlp", *_DOWN),
     # The router decides between nearly equal experts, so no pass narrows its weights.
-    "layer.mlp.gate": LeafType("matrix", "router", ("embed", None), ("embed",), "kept"),
+    "layer.mlp.gate.weight": LeafType("matrix", "router", ("embed", None), ("embed",), "kept"),
     "layer.mlp.e_score_correction_bias": ROUTER_BIAS,
-    "layer.mlp.experts.gate_proj": LeafType("matrix", "routed_experts", *_EXPERT_UP),
-    "layer.mlp.experts.up_proj": LeafType("matrix", "routed_experts", *_EXPERT_UP),
-    "layer.mlp.experts.down_proj": LeafType("matrix", "routed_experts", *_EXPERT_DOWN),
-    "layer.mlp.shared_experts.gate_proj": LeafType("matrix", "shared_experts", *_UP),
-    "layer.mlp.shared_experts.up_proj": LeafType("matrix", "shared_experts", *_UP),
-    "layer.mlp.shared_experts.down_proj": LeafType("matrix", "shared_experts", *_DOWN),
+    "layer.mlp.experts.gate_proj.weight": LeafType("matrix", "routed_experts", *_EXPERT_UP),
+    "layer.mlp.experts.up_proj.weight": LeafType("matrix", "routed_experts", *_EXPERT_UP),
+    "layer.mlp.experts.down_proj.weight": LeafType("matrix", "routed_experts", *_EXPERT_DOWN),
+    "layer.mlp.shared_experts.gate_proj.weight": LeafType("matrix", "shared_experts", *_UP),
+    "layer.mlp.shared_experts.up_proj.weight": LeafType("matrix", "shared_experts", *_UP),
+    "layer.mlp.shared_experts.down_proj.weight": LeafType("matrix", "shared_experts", *_DOWN),
 }  # fmt: skip
 PARTS = tuple(dict.fromkeys(leaf.part for leaf in LEAF_TYPES.values()))
 # The first names of all paths.

@@ -87,14 +87,14 @@ def leaves_of(config: DeepSeekConfig, *, fused_experts: bool = False) -> tuple[L
         *_attention(config),
         _vector("post_attention_layernorm", D),
     ]
-    found = [_leaf("embed_tokens", "model.embed_tokens.weight", (V, D))]
+    found = [_leaf("embed_tokens.weight", "model.embed_tokens.weight", (V, D))]
     for stack, layers in stacks_of(config).items():
         is_moe = stack == "moe_layers"
         mlp = _moe(config, fused_experts) if is_moe else _swiglu("mlp", D, config.intermediate_size)
         found += _stack(stack, layers, every_layer + mlp)
     found.append(_leaf("norm.weight", "model.norm.weight", (D,)))
     if not config.tie_word_embeddings:
-        found.append(_leaf("lm_head", "lm_head.weight", (V, D), order=(1, 0)))
+        found.append(_leaf("lm_head.weight", "lm_head.weight", (V, D), order=(1, 0)))
     return tuple(found)
 
 
@@ -136,7 +136,7 @@ def _linear(module: str, outs: tuple[int, ...], ins: tuple[int, ...]) -> Leaf:
     """A torch Linear [out, in], either of which may be several axes in our leaf [*ins, *outs]."""
     order = (*range(len(outs), len(outs) + len(ins)), *range(len(outs)))
     shape = (math.prod(outs), math.prod(ins))
-    return _leaf(module, f"{module}.weight", shape, split=(*outs, *ins), order=order)
+    return _leaf(f"{module}.weight", f"{module}.weight", shape, split=(*outs, *ins), order=order)
 
 
 def _vector(module: str, size: int) -> Leaf:
@@ -144,7 +144,7 @@ def _vector(module: str, size: int) -> Leaf:
 
 
 def _bias(module: str, size: int) -> Leaf:
-    return _leaf(f"{module}_bias", f"{module}.bias", (size,))
+    return _leaf(f"{module}.bias", f"{module}.bias", (size,))
 
 
 def _attention(config: DeepSeekConfig) -> list[Leaf]:
@@ -163,8 +163,8 @@ def _attention(config: DeepSeekConfig) -> list[Leaf]:
     found += [
         _linear("self_attn.kv_a_proj_with_mqa", (C + R,), (D,)),
         _vector("self_attn.kv_a_layernorm", C),
-        _leaf("self_attn.k_b_proj", kv_b, shape, split, rows=(0, P)),
-        _leaf("self_attn.v_b_proj", kv_b, shape, split, rows=(P, P + H)),
+        _leaf("self_attn.k_b_proj.weight", kv_b, shape, split, rows=(0, P)),
+        _leaf("self_attn.v_b_proj.weight", kv_b, shape, split, rows=(P, P + H)),
         _linear("self_attn.o_proj", (D,), (N, H)),
     ]
     if config.attention_bias:
@@ -209,7 +209,7 @@ def _fused_experts(E: int, D: int, F: int) -> list[Leaf]:
     experts = "mlp.experts."
     gate_up, down = f"{experts}gate_up_proj", f"{experts}down_proj"
     return [
-        _leaf(f"{experts}gate_proj", gate_up, (E, 2 * F, D), order=(0, 2, 1), rows=(0, F)),
-        _leaf(f"{experts}up_proj", gate_up, (E, 2 * F, D), order=(0, 2, 1), rows=(F, 2 * F)),
-        _leaf(down, down, (E, D, F), order=(0, 2, 1)),
+        _leaf(f"{experts}gate_proj.weight", gate_up, (E, 2 * F, D), order=(0, 2, 1), rows=(0, F)),
+        _leaf(f"{experts}up_proj.weight", gate_up, (E, 2 * F, D), order=(0, 2, 1), rows=(F, 2 * F)),
+        _leaf(f"{down}.weight", down, (E, D, F), order=(0, 2, 1)),
     ]

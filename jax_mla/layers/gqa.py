@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_mla.checks.arrays import check_dtype, concrete
 from jax_mla.checks.sizes import check_positive
-from jax_mla.layers.linear import project, weight
+from jax_mla.layers.linear import Linear
 from jax_mla.layers.rope import rope_tables, rotate
 from pallas_kernels import flash_attention, merge_attention
 
@@ -84,12 +85,12 @@ class GroupedQueryAttention(nnx.Module):
             raise ValueError(f"head_dim={head_dim} must be even to be rotated in pairs")
         self.rope_theta = rope_theta
         axes = ("embed", "heads", "head_dim")
-        options = {"stddev": stddev, "dtype": dtype}
-        self.q_proj = weight(rngs, (hidden_size, num_heads, head_dim), axes, **options)
-        self.k_proj = weight(rngs, (hidden_size, num_kv_heads, head_dim), axes, **options)
-        self.v_proj = weight(rngs, (hidden_size, num_kv_heads, head_dim), axes, **options)
-        self.o_proj = weight(
-            rngs, (num_heads, head_dim, hidden_size), ("heads", "head_dim", "embed"), **options
+        linear = functools.partial(Linear, rngs=rngs, stddev=stddev, dtype=dtype)
+        self.q_proj = linear("BTD,DNK->BTNK", (hidden_size, num_heads, head_dim), axes)
+        self.k_proj = linear("BTD,DNK->BTNK", (hidden_size, num_kv_heads, head_dim), axes)
+        self.v_proj = linear("BTD,DNK->BTNK", (hidden_size, num_kv_heads, head_dim), axes)
+        self.o_proj = linear(
+            "BTNH,NHD->BTD", (num_heads, head_dim, hidden_size), ("heads", "head_dim", "embed")
         )
 
     def __call__(
@@ -108,7 +109,7 @@ class GroupedQueryAttention(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
         options = {"segment_ids": segment_ids, "deterministic": deterministic}
         out = flash_attention(*self._project(x, positions), **options)
-        return project("BTNH,NHD->BTD", out, self.o_proj[...])
+        return self.o_proj(out)
 
     def extend(
         self, x: Float[Array, "B T D"], cache: KeyValueCache
@@ -142,11 +143,11 @@ class GroupedQueryAttention(nnx.Module):
             cache.values.at[row, positions].set(v.astype(cache.values.dtype), mode="drop"),
             cache.lengths + x.shape[1],
         )
-        return project("BTNH,NHD->BTD", out.astype(x.dtype), self.o_proj[...]), cache
+        return self.o_proj(out.astype(x.dtype)), cache
 
     def _project(self, x, positions):
-        q = project("BTD,DNK->BTNK", x, self.q_proj[...])
-        k = project("BTD,DNK->BTNK", x, self.k_proj[...])
-        v = project("BTD,DNK->BTNK", x, self.v_proj[...])
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
         tables = rope_tables(positions, q.shape[-1], self.rope_theta)
         return rotate(q, *tables, interleaved=False), rotate(k, *tables, interleaved=False), v

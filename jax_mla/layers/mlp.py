@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_mla.layers.linear import project, weight
+from jax_mla.layers.linear import Linear
 
 
 class SwiGLU(nnx.Module):
@@ -30,12 +32,11 @@ class SwiGLU(nnx.Module):
         stddev: float = 0.02,
         dtype: str = "float32",
     ):
+        linear = functools.partial(Linear, rngs=rngs, stddev=stddev, dtype=dtype)
         into, out = (hidden_size, intermediate_size), (intermediate_size, hidden_size)
-        self.gate_proj = weight(rngs, into, ("embed", "mlp"), stddev=stddev, dtype=dtype)
-        self.up_proj = weight(rngs, into, ("embed", "mlp"), stddev=stddev, dtype=dtype)
-        self.down_proj = weight(rngs, out, ("mlp", "embed"), stddev=stddev, dtype=dtype)
+        self.gate_proj = linear("...D,DF->...F", into, ("embed", "mlp"))
+        self.up_proj = linear("...D,DF->...F", into, ("embed", "mlp"))
+        self.down_proj = linear("...F,FD->...D", out, ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        gate = project("...D,DF->...F", x, self.gate_proj[...])
-        up = project("...D,DF->...F", x, self.up_proj[...])
-        return project("...F,FD->...D", jax.nn.silu(gate) * up, self.down_proj[...])
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -18,6 +18,7 @@ from kernel_tools import aot
 from numerics import assert_close, normal
 
 import jax_mla
+from jax_mla.layers.linear import ExpertPool
 from jax_mla.layers.moe.exchange import padded_slots, ragged_sizes, received_experts
 from jax_mla.layers.moe.experts import apply_local
 from jax_mla.layers.moe.on_mesh import apply_on_mesh, count_dropped
@@ -61,7 +62,7 @@ def layer(rng, shape=(B, T)):
     return (
         x,
         expert_weight,
-        tuple(normal(rng, (2, E, *shape)) for shape in ((D, F), (D, F), (F, D))),
+        tuple(ExpertPool(normal(rng, (2, E, *shape))) for shape in ((D, F), (D, F), (F, D))),
     )
 
 

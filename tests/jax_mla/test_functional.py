@@ -175,10 +175,10 @@ def test_init_is_the_tree_of_the_shardings():
     mesh = jax_mla.make_mesh(tensor=2, expert=2, fsdp=2)
     shardings = jax_mla.param_shardings(CONFIG, mesh)
     params = jax.jit(lambda: jax_mla.init(jax.random.key(0), CONFIG), out_shardings=shardings)()
-    gate = params["moe_layers"]["mlp"]["experts"]["gate_proj"]
+    gate = params["moe_layers"]["mlp"]["experts"]["gate_proj"]["weight"]
     L, E, D, F = gate.shape
     assert gate.sharding.shard_shape(gate.shape) == (L, E // 2, D // 2, F // 2)
-    heads = params["dense_layers"]["self_attn"]["k_b_proj"]
+    heads = params["dense_layers"]["self_attn"]["k_b_proj"]["weight"]
     assert heads.sharding.shard_shape(heads.shape)[1] == CONFIG.num_attention_heads // 2
 
 
@@ -349,8 +349,10 @@ BAD = {
         r"has shape \(2, .* expected \(1, .* more",
     ),
     "cut_embedding": (
-        lambda p, t, c: jax_mla.forward(p | {"embed_tokens": p["embed_tokens"][:100]}, CONFIG, t),
-        r"\['embed_tokens'\] has shape \(100, 192\), expected \(320, 192\)",
+        lambda p, t, c: jax_mla.forward(
+            p | {"embed_tokens": {"weight": p["embed_tokens"]["weight"][:100]}}, CONFIG, t
+        ),
+        r"\['embed_tokens'\]\['weight'\] has shape \(100, 192\), expected \(320, 192\)",
     ),
     "no_norm": (
         lambda p, t, c: jax_mla.forward({k: v for k, v in p.items() if k != "norm"}, CONFIG, t),

@@ -122,19 +122,23 @@ def test_left_padding_as_segments(name):
 
 # Where a golden gradient lives in our tree, and how its [out, in] becomes our shape.
 PLACES = {
-    "model.embed_tokens.weight": lambda g, c: g["embed_tokens"],
-    "mlp.gate.weight": lambda g, c: g["mlp"]["gate"].T,
-    "mlp.down_proj.weight": lambda g, c: g["mlp"]["down_proj"].T,
-    "mlp.shared_experts.down_proj.weight": lambda g, c: g["mlp"]["shared_experts"]["down_proj"].T,
-    "self_attn.q_proj.weight": lambda g, c: flat(g["self_attn"]["q_proj"]).T,
+    "model.embed_tokens.weight": lambda g, c: g["embed_tokens"]["weight"],
+    "mlp.gate.weight": lambda g, c: g["mlp"]["gate"]["weight"].T,
+    "mlp.down_proj.weight": lambda g, c: g["mlp"]["down_proj"]["weight"].T,
+    "mlp.shared_experts.down_proj.weight": lambda g, c: (
+        g["mlp"]["shared_experts"]["down_proj"]["weight"].T
+    ),
+    "self_attn.q_proj.weight": lambda g, c: flat(g["self_attn"]["q_proj"]["weight"]).T,
     "self_attn.q_a_layernorm.weight": lambda g, c: g["self_attn"]["q_a_layernorm"]["weight"],
-    "self_attn.kv_a_proj_with_mqa.weight": lambda g, c: g["self_attn"]["kv_a_proj_with_mqa"].T,
-    "self_attn.kv_a_proj_with_mqa.bias": lambda g, c: g["self_attn"]["kv_a_proj_with_mqa_bias"],
+    "self_attn.kv_a_proj_with_mqa.weight": lambda g, c: (
+        g["self_attn"]["kv_a_proj_with_mqa"]["weight"].T
+    ),
+    "self_attn.kv_a_proj_with_mqa.bias": lambda g, c: g["self_attn"]["kv_a_proj_with_mqa"]["bias"],
     "self_attn.kv_a_layernorm.weight": lambda g, c: g["self_attn"]["kv_a_layernorm"]["weight"],
     "self_attn.kv_b_proj.weight": lambda g, c: np.concatenate(
-        [g["self_attn"]["k_b_proj"], g["self_attn"]["v_b_proj"]], axis=1
+        [g["self_attn"]["k_b_proj"]["weight"], g["self_attn"]["v_b_proj"]["weight"]], axis=1
     ).reshape(-1, c.kv_lora_rank),
-    "self_attn.o_proj.bias": lambda g, c: g["self_attn"]["o_proj_bias"],
+    "self_attn.o_proj.bias": lambda g, c: g["self_attn"]["o_proj"]["bias"],
 }
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jax_mla.cache.latent import Cache
 from jax_mla.cache.pages import capacity
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.layers.linear import constant, project, weight
+from jax_mla.layers.linear import Linear
 from jax_mla.layers.mla.attend import NewTokens, attend_new, decode, prefill, value_up
 from jax_mla.layers.mla.forms import resolve_form
 from jax_mla.layers.mla.on_mesh import cached_on_mesh, full_on_mesh, to_stripes
@@ -57,23 +57,29 @@ class MLA(nnx.Module):
             config.v_head_dim,
             config.cache_row_dim,
         )
-        options = {"stddev": config.initializer_range, "dtype": config.dtype}
+        linear = functools.partial(
+            Linear, rngs=rngs, stddev=config.initializer_range, dtype=config.dtype
+        )
+
+        def bias(axis: str) -> str | None:
+            return axis if config.attention_bias else None
+
+        head, up = ("heads", "head_dim"), ("heads", "head_dim", "latent")
         if Q is None:
-            self.q_proj = weight(rngs, (D, N, P + R), ("embed", "heads", "head_dim"), **options)
+            self.q_proj = linear("BTD,DNK->BTNK", (D, N, P + R), ("embed", *head))
         else:
-            self.q_a_proj = weight(rngs, (D, Q), ("embed", "q_latent"), **options)
+            self.q_a_proj = linear(
+                "BTD,DQ->BTQ", (D, Q), ("embed", "q_latent"), bias_axis=bias("q_latent")
+            )
             self.q_a_layernorm = RMSNorm(Q, eps=LATENT_NORM_EPS, dtype=config.dtype)
-            self.q_b_proj = weight(rngs, (Q, N, P + R), ("latent", "heads", "head_dim"), **options)
-        self.kv_a_proj_with_mqa = weight(rngs, (D, X), ("embed", "kv_latent"), **options)
+            self.q_b_proj = linear("BTQ,QNK->BTNK", (Q, N, P + R), ("latent", *head))
+        self.kv_a_proj_with_mqa = linear(
+            "BTD,DX->BTX", (D, X), ("embed", "kv_latent"), bias_axis=bias("kv_latent")
+        )
         self.kv_a_layernorm = RMSNorm(C, eps=LATENT_NORM_EPS, dtype=config.dtype)
-        self.k_b_proj = weight(rngs, (N, P, C), ("heads", "head_dim", "latent"), **options)
-        self.v_b_proj = weight(rngs, (N, H, C), ("heads", "head_dim", "latent"), **options)
-        self.o_proj = weight(rngs, (N, H, D), ("heads", "head_dim", "embed"), **options)
-        if config.attention_bias:
-            if Q is not None:
-                self.q_a_proj_bias = constant(0.0, (Q,), ("q_latent",), dtype=config.dtype)
-            self.kv_a_proj_with_mqa_bias = constant(0.0, (X,), ("kv_latent",), dtype=config.dtype)
-            self.o_proj_bias = constant(0.0, (D,), ("norm",), dtype=config.dtype)
+        self.k_b_proj = linear("BSC,NPC->BSNP", (N, P, C), up)
+        self.v_b_proj = linear("BSC,NHC->BSNH", (N, H, C), up)
+        self.o_proj = linear("BTNH,NHD->BTD", (N, H, D), (*head, "embed"), bias_axis=bias("norm"))
 
     def __call__(
         self,
@@ -185,23 +191,16 @@ class MLA(nnx.Module):
     def _new_tokens(self, x: Array, tables: Tables) -> NewTokens:
         interleaved = self.config.rope_interleave
         q_nope, q_pe = jnp.split(self._queries(x), [self.config.qk_nope_head_dim], axis=-1)
-        bias = self.kv_a_proj_with_mqa_bias[...] if self.config.attention_bias else None
-        row = project("BTD,DX->BTX", x, self.kv_a_proj_with_mqa[...], bias)
-        kv_c, k_pe = jnp.split(row, [self.config.kv_lora_rank], axis=-1)
+        kv_c, k_pe = jnp.split(self.kv_a_proj_with_mqa(x), [self.config.kv_lora_rank], axis=-1)
         k_pe = rotate(k_pe, *tables, interleaved=interleaved)
         rows = jnp.concatenate([self.kv_a_layernorm(kv_c), k_pe], axis=-1)
         q_pe = rotate(q_pe, *tables, interleaved=interleaved)
-        return NewTokens(q_nope, q_pe, rows, self.k_b_proj[...], self.v_b_proj[...])
+        return NewTokens(q_nope, q_pe, rows, self.k_b_proj.array(), self.v_b_proj.array())
 
     def _queries(self, x: Array) -> Float[Array, "B T N PR"]:
         if self.config.q_lora_rank is None:
-            return project("BTD,DNK->BTNK", x, self.q_proj[...])
-        bias = self.q_a_proj_bias[...] if self.config.attention_bias else None
-        q_c = self.q_a_layernorm(project("BTD,DQ->BTQ", x, self.q_a_proj[...], bias))
-        return project("BTQ,QNK->BTNK", q_c, self.q_b_proj[...])
+            return self.q_proj(x)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
     def _output(self, out: Array, form: Form) -> Float[Array, "B T D"]:
-        if form == "absorbed":
-            out = value_up(out, self.v_b_proj[...])
-        bias = self.o_proj_bias[...] if self.config.attention_bias else None
-        return project("BTNH,NHD->BTD", out, self.o_proj[...], bias)
+        return self.o_proj(value_up(out, self.v_b_proj.array()) if form == "absorbed" else out)

@@ -10,8 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.layers.linear import weight
-from pallas_kernels import grouped_matmul
+from jax_mla.layers.linear import ExpertPool, GroupedLinear
 
 
 class Experts(nnx.Module):
@@ -19,58 +18,66 @@ class Experts(nnx.Module):
 
     def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
         D, (E, _, F) = config.hidden_size, config.moe_sizes
-        options = {"stddev": config.initializer_range, "dtype": config.dtype}
-        self.gate_proj = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), **options)
-        self.up_proj = weight(rngs, (E, D, F), ("expert", "embed", "mlp"), **options)
-        self.down_proj = weight(rngs, (E, F, D), ("expert", "mlp", "embed"), **options)
+        linear = functools.partial(
+            GroupedLinear, rngs=rngs, stddev=config.initializer_range, dtype=config.dtype
+        )
+        self.gate_proj = linear((E, D, F), ("expert", "embed", "mlp"))
+        self.up_proj = linear((E, D, F), ("expert", "embed", "mlp"))
+        self.down_proj = linear((E, F, D), ("expert", "mlp", "embed"))
 
-    def weights(self) -> Weights:
-        """With an axis of layers, which a pool has already."""
-        gate, up, down = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        return (gate, up, down) if gate.ndim == 4 else (gate[None], up[None], down[None])
+    def pools(self) -> Pools:
+        """What multiplies by gate_proj, up_proj and down_proj."""
+        return self.gate_proj.pool(), self.up_proj.pool(), self.down_proj.pool()
 
 
-# gate_proj, up_proj and down_proj of all experts of one layer or of a pool of layers.
-Weights = tuple[Float[Array, "L E D F"], Float[Array, "L E D F"], Float[Array, "L E F D"]]
+# gate_proj, up_proj and down_proj.
+Pools = tuple[ExpertPool, ExpertPool, ExpertPool]
 
 
 def apply_local(
     x: Float[Array, "M D"],
     expert_index: Int[Array, "M A"],
     expert_weight: Float[Array, "M A"],
-    weights: Weights,
+    pools: Pools,
     layer: int | Int[Array, ""],
     embed_axes: tuple[str, ...] = (),
 ) -> Float[Array, "M D"]:
     """sum_a expert_weight[m, a] * expert[expert_index[m, a]](x[m]), float32.
 
-    An index outside of 0 to E - 1 adds nothing. Weights are split by D over mesh axes `embed_axes`.
+    An index outside of 0 to E - 1 adds nothing. `embed_axes` are the mesh axes that shard D.
     """
     active = expert_index.shape[1]
     source = jnp.arange(expert_index.size) // active
-    rows = apply_experts(x, source, expert_index.reshape(-1), weights, layer, embed_axes)
+    rows = apply_experts(x, source, expert_index.reshape(-1), pools, layer, embed_axes)
     return combine(rows.reshape(-1, active, x.shape[1]), expert_weight)
 
 
-def apply_experts(x, source, expert, weights: Weights, layer, embed_axes: tuple[str, ...]) -> Array:
-    """Row m is expert[m] applied to x[source[m]], and 0 where the expert is not one of these."""
+def apply_experts(
+    x: Float[Array, "rows D"],
+    source: Int[Array, " M"],
+    expert: Int[Array, " M"],
+    pools: Pools,
+    layer: int | Int[Array, ""],
+    embed_axes: tuple[str, ...],
+) -> Float[Array, "M D"]:
+    """Row m is expert[m] applied to x[source[m]]; 0 where the expert is none of these."""
     if embed_axes:  # of a pool, only this layer is gathered
-        weights = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, layer, 1), weights)
+        gate, up, down = (pool.layer(layer) for pool in pools)
         layer = 0
-    num_layers, num_experts = weights[0].shape[:2]
+    else:
+        gate, up, down = pools
+    num_experts = gate.num_experts
     expert = jnp.where((expert >= 0) & (expert < num_experts), expert, num_experts)
     order = jnp.argsort(expert)
     group_sizes = jnp.bincount(expert, length=num_experts)
 
     # The backward pass gathers once more; where it computes the layer again, only once for both.
     @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-    def multiply(rows, w, axis):
-        if embed_axes:
-            w = jax.lax.all_gather(w, embed_axes, axis=axis, tiled=True)
-        w = w.reshape(num_layers * num_experts, *w.shape[2:]).astype(rows.dtype)
-        return grouped_matmul(rows, w, group_sizes, first_group=layer * num_experts)
+    def multiply(rows, pool, axis):
+        pool = pool.gather(embed_axes, axis) if embed_axes else pool
+        return pool.matmul(rows, group_sizes, layer)
 
-    rows, (gate, up, down) = x[source[order]], weights
+    rows = x[source[order]]
     rows = multiply(jax.nn.silu(multiply(rows, gate, 2)) * multiply(rows, up, 2), down, 3)
     return rows[jnp.argsort(order)]
 

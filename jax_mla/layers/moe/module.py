@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.layers.linear import constant, project, weight
+from jax_mla.layers.linear import Linear, constant
 from jax_mla.layers.mlp import SwiGLU
 from jax_mla.layers.moe.experts import Experts, apply_local
 from jax_mla.layers.moe.on_mesh import apply_on_mesh, count_dropped
@@ -38,7 +38,7 @@ class MoE(nnx.Module):
         D, (E, _, F) = config.hidden_size, config.moe_sizes
         options = {"stddev": config.initializer_range, "dtype": config.dtype}
         # Every device routes its own tokens over all experts, so the router is not split by them.
-        self.gate = weight(rngs, (D, E), ("embed", None), **options)
+        self.gate = Linear("...D,DE->...E", (D, E), ("embed", None), rngs=rngs, **options)
         if config.topk_method == "noaux_tc":
             # float32 in every checkpoint: it decides between scores that bfloat16 would make equal
             self.e_score_correction_bias = constant(0.0, (E,), (None,), dtype="float32")
@@ -53,7 +53,7 @@ class MoE(nnx.Module):
           valid: False for padding, which goes to no expert and takes up no expert_capacity; None
             if there is none.
         """
-        logits = project("...D,DE->...E", x.astype(jnp.float32), self.gate[...])
+        logits = self.gate(x.astype(jnp.float32))
         has_bias = self.config.topk_method == "noaux_tc"
         # The bias balances load by its own rule (arXiv 2408.15664) and never sees a gradient.
         bias = jax.lax.stop_gradient(self.e_score_correction_bias[...]) if has_bias else None
@@ -101,7 +101,7 @@ class MoE(nnx.Module):
 
     def _routed(self, x, routing: Routing, expert_layer):
         index, weight = routing.expert_index, routing.expert_weight
-        weights = self.experts.weights()
+        weights = self.experts.pools()
         if self.placement is not None:
             y = apply_on_mesh(x, index, weight, weights, expert_layer, self.placement)
         else:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_mla.layers.moe import exchange
-from jax_mla.layers.moe.experts import Weights, apply_experts, apply_local, combine
+from jax_mla.layers.moe.experts import Pools, apply_experts, apply_local, combine
 from jax_mla.sharding.placement import Placement
 from jax_mla.sharding.rules import ShardingRules
 
@@ -20,7 +20,7 @@ def apply_on_mesh(
     x: Float[Array, "B T D"],
     expert_index: Int[Array, "B T A"],
     expert_weight: Float[Array, "B T A"],
-    weights: Weights,
+    pools: Pools,
     layer: int | Int[Array, ""],
     placement: Placement,
 ) -> Float[Array, "B T D"]:
@@ -28,12 +28,12 @@ def apply_on_mesh(
     axes, rules = _Axes.of(x, placement), placement.rules
     is_sent = rules.expert_dispatch != "dense" and axes.expert
 
-    def share(x, expert_index, expert_weight, weights, layer):
+    def share(x, expert_index, expert_weight, pools, layer):
         flat, index, weight = (a.reshape(-1, a.shape[-1]) for a in (x, expert_index, expert_weight))
         if is_sent:
-            y = _sent(flat, index, weight, weights, layer, axes, rules)
+            y = _sent(flat, index, weight, pools, layer, axes, rules)
         else:
-            y = _dense(flat, index, weight, weights, layer, axes)
+            y = _dense(flat, index, weight, pools, layer, axes)
         return y.reshape(x.shape)
 
     spec, tokens = placement.spec, placement.spec(*placement.of_tokens(x))
@@ -44,7 +44,7 @@ def apply_on_mesh(
         in_specs=(tokens, tokens, tokens, (into, into, out), spec()),
         out_specs=tokens,
         check_vma=False,  # a kernel does not say over which axes its results vary
-    )(x, expert_index, expert_weight, weights, layer)
+    )(x, expert_index, expert_weight, pools, layer)
 
 
 def count_dropped(
@@ -101,13 +101,13 @@ class _Axes:
         )
 
 
-def _dense(x, expert_index, expert_weight, weights, layer, axes: _Axes):
+def _dense(x, expert_index, expert_weight, pools, layer, axes: _Axes):
     """Gathers the tokens of all devices that split the experts, and adds up their results."""
     if axes.gathered:
         gather = functools.partial(jax.lax.all_gather, axis_name=axes.gathered, axis=0, tiled=True)
         x, expert_index, expert_weight = gather(x), gather(expert_index), gather(expert_weight)
-    first = _rank(axes.expert) * weights[0].shape[1]
-    y = apply_local(x, expert_index - first, expert_weight, weights, layer, axes.embed)
+    first = _rank(axes.expert) * pools[0].num_experts
+    y = apply_local(x, expert_index - first, expert_weight, pools, layer, axes.embed)
     if axes.replicated + axes.width:
         y = jax.lax.psum(y, axes.replicated + axes.width)
     if axes.gathered:
@@ -115,7 +115,7 @@ def _dense(x, expert_index, expert_weight, weights, layer, axes: _Axes):
     return y
 
 
-def _sent(x, expert_index, expert_weight, weights, layer, axes: _Axes, rules: ShardingRules):
+def _sent(x, expert_index, expert_weight, pools, layer, axes: _Axes, rules: ShardingRules):
     """Sends every token to the devices of its experts and the results back."""
     num_tokens = x.shape[0]
     if axes.replicated:  # devices with equal tokens take a part of them each
@@ -124,9 +124,9 @@ def _sent(x, expert_index, expert_weight, weights, layer, axes: _Axes, rules: Sh
         )
 
     def run(rows, expert):
-        return apply_experts(rows, jnp.arange(len(rows)), expert, weights, layer, axes.embed)
+        return apply_experts(rows, jnp.arange(len(rows)), expert, pools, layer, axes.embed)
 
-    arguments = x, expert_index, weights[0].shape[1], run, axes.expert
+    arguments = x, expert_index, pools[0].num_experts, run, axes.expert
     if rules.expert_dispatch == "ragged":
         rows = exchange.ragged(*arguments)
     else:

@@ -53,10 +53,12 @@ def with_first_embedding(
       spec: how the embedding is laid out, in both stages.
     """
     (first, *between, last), end = parts, pipeline.num_stages - 1
-    of_first, of_last = (None if part is None else part["embed_tokens"] for part in (first, last))
+    of_first, of_last = (
+        None if part is None else part["embed_tokens"]["weight"] for part in (first, last)
+    )
     like = of_last if of_first is None else of_first
     copy = move(of_first, like, pipeline, 0, end, spec)
-    return [first, *between, None if last is None else last | {"embed_tokens": copy}]
+    return [first, *between, None if last is None else last | {"embed_tokens": {"weight": copy}}]
 
 
 def settled(x: Any, pipeline: Pipeline) -> Any:

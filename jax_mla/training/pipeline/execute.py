@@ -279,10 +279,12 @@ def _tied(gradients: list[Params | None], pipeline: Pipeline) -> list[Params | N
     if not pipeline.has_two_embeddings:
         return gradients
     first, *others = gradients
-    name, spec = "embed_tokens", partition_spec(pipeline.rules.gradients(), ("vocab", "embed"))
-    of_first, of_last = (None if part is None else part[name] for part in (first, others[-1]))
+    spec = partition_spec(pipeline.rules.gradients(), ("vocab", "embed"))
+    of_first, of_last = (
+        None if part is None else part["embed_tokens"]["weight"] for part in (first, others[-1])
+    )
     like = of_last if of_first is None else of_first
     given = exchange.move(of_last, like, pipeline, pipeline.num_stages - 1, 0, spec)
     if first is not None:
-        first = first | {name: first[name] + given}
+        first = first | {"embed_tokens": {"weight": of_first + given}}
     return exchange.with_first_embedding([first, *others], pipeline, spec)

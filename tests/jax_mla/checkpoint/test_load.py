@@ -68,7 +68,7 @@ def test_result_does_not_depend_on_the_file(edited, stored):
     params, _ = jax_mla.load(folder)
     want = stored(folder / "model.safetensors")["model.embed_tokens.weight"]
     (folder / "model.safetensors").write_bytes(b"")
-    np.testing.assert_array_equal(params["embed_tokens"], want)
+    np.testing.assert_array_equal(params["embed_tokens"]["weight"], want)
 
 
 @pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16, np.dtype("float16")], ids=str)
@@ -102,7 +102,7 @@ def test_fp8_by_hand(golden, stored):
             for col in range(2):
                 block = np.s_[128 * row : 128 * (row + 1), 128 * col : 128 * (col + 1)]
                 weight[block] *= scale[row, col]
-        got = params["moe_layers"]["mlp"]["experts"]["gate_proj"][0, expert]
+        got = params["moe_layers"]["mlp"]["experts"]["gate_proj"]["weight"][0, expert]
         np.testing.assert_array_equal(got, weight.T)
 
 
@@ -140,7 +140,7 @@ def test_rules_decide(golden):
     rules = jax_mla.ShardingRules(vocab=None, embed="tensor", mlp=None, heads=None)
     mesh = jax_mla.make_mesh(tensor=2)
     params, _ = jax_mla.load(golden / "v3", mesh=mesh, rules=rules)
-    assert params["embed_tokens"].sharding.shard_shape((128, 64)) == (128, 32)
+    assert params["embed_tokens"]["weight"].sharding.shard_shape((128, 64)) == (128, 32)
 
 
 def test_refuses_rules_without_a_mesh(golden):
@@ -164,7 +164,11 @@ def test_layers_may_be_split_over_stages(tmp_path, rng, by_layer):
     jax_mla.save(tmp_path / "saved", want, config)
     rules, mesh = jax_mla.ShardingRules(layers="stage"), jax_mla.make_mesh(stage=2)
     params, _ = jax_mla.load(tmp_path / "saved", mesh=mesh, rules=rules)
-    assert params["moe_layers"]["mlp"]["gate"].sharding.shard_shape((2, 4, 2)) == (1, 4, 2)
+    assert params["moe_layers"]["mlp"]["gate"]["weight"].sharding.shard_shape((2, 4, 2)) == (
+        1,
+        4,
+        2,
+    )
     assert_same_bits(params, want)
 
 

@@ -71,18 +71,18 @@ def test_each_leaf_against_plain_numpy(golden):
     o = raw[f"{layer}self_attn.o_proj.weight"]
     for head in range(N):
         rows = q_b[head * config.qk_head_dim : (head + 1) * config.qk_head_dim]
-        assert (attention["q_b_proj"][:, head] == rows.T).all()
+        assert (attention["q_b_proj"]["weight"][:, head] == rows.T).all()
         start = head * (P + H)
-        assert (attention["k_b_proj"][head] == kv_b[start : start + P]).all()
-        assert (attention["v_b_proj"][head] == kv_b[start + P : start + P + H]).all()
-        assert (attention["o_proj"][head] == o[:, head * H : (head + 1) * H].T).all()
+        assert (attention["k_b_proj"]["weight"][head] == kv_b[start : start + P]).all()
+        assert (attention["v_b_proj"]["weight"][head] == kv_b[start + P : start + P + H]).all()
+        assert (attention["o_proj"]["weight"][head] == o[:, head * H : (head + 1) * H].T).all()
     for expert in range(config.n_routed_experts):
         for name in ("gate_proj", "up_proj", "down_proj"):
             want = raw[f"{layer}mlp.experts.{expert}.{name}.weight"].T
-            assert (mlp["experts"][name][expert] == want).all()
-    assert (mlp["gate"] == raw[f"{layer}mlp.gate.weight"].T).all()
-    assert (params["embed_tokens"] == raw["model.embed_tokens.weight"]).all()
-    assert (params["lm_head"] == raw["lm_head.weight"].T).all()
+            assert (mlp["experts"][name]["weight"][expert] == want).all()
+    assert (mlp["gate"]["weight"] == raw[f"{layer}mlp.gate.weight"].T).all()
+    assert (params["embed_tokens"]["weight"] == raw["model.embed_tokens.weight"]).all()
+    assert (params["lm_head"]["weight"] == raw["lm_head.weight"].T).all()
 
 
 def test_inspecting_needs_no_jax():

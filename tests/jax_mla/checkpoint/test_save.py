@@ -127,8 +127,8 @@ def test_saves_a_dense_model_whose_config_mentions_experts(golden, tmp_path, edi
 
 def test_refuses_what_is_no_array(golden, tmp_path):
     params, config = jax_mla.load(golden / "youtu")
-    params["embed_tokens"] = params["embed_tokens"].tolist()
-    with pytest.raises(ValueError, match=r"not an array \(1\): embed_tokens is list"):
+    params["embed_tokens"]["weight"] = params["embed_tokens"]["weight"].tolist()
+    with pytest.raises(ValueError, match=r"not an array \(1\): embed_tokens.weight is list"):
         jax_mla.save(tmp_path / "out", params, config)
 
 
@@ -191,8 +191,8 @@ def test_refuses_other_parameters_with_everything_listed(golden, tmp_path):
     params, config = jax_mla.load(golden / "v3")
     del params["norm"]
     params["extra"] = {"weight": jnp.zeros(3)}
-    params["embed_tokens"] = params["embed_tokens"][:5]
-    params["lm_head"] = params["lm_head"].astype(jnp.bfloat16)
+    params["embed_tokens"]["weight"] = params["embed_tokens"]["weight"][:5]
+    params["lm_head"]["weight"] = params["lm_head"]["weight"].astype(jnp.bfloat16)
     bias = params["moe_layers"]["mlp"]["e_score_correction_bias"]
     params["moe_layers"]["mlp"]["e_score_correction_bias"] = bias.astype(jnp.bfloat16)
     with pytest.raises(ValueError) as refusal:
@@ -201,9 +201,9 @@ def test_refuses_other_parameters_with_everything_listed(golden, tmp_path):
         "the parameters are not those of the config:",
         "  missing (1): norm.weight",
         "  unexpected (1): extra.weight",
-        "  wrong shape (1): embed_tokens is [5, 64], expected [128, 64]",
+        "  wrong shape (1): embed_tokens.weight is [5, 64], expected [128, 64]",
         "  wrong dtype (2): moe_layers.mlp.e_score_correction_bias is bfloat16, expected float32; "
-        "lm_head is bfloat16, expected float32",
+        "lm_head.weight is bfloat16, expected float32",
     ]
     assert os.listdir(tmp_path) == []
 
@@ -211,7 +211,7 @@ def test_refuses_other_parameters_with_everything_listed(golden, tmp_path):
 def test_refuses_integers_and_float64(golden, tmp_path):
     params, config = jax_mla.load(golden / "youtu")
     wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), params)
-    with pytest.raises(ValueError, match="embed_tokens is float64"):
+    with pytest.raises(ValueError, match="embed_tokens.weight is float64"):
         jax_mla.save(tmp_path / "out", wide, config)
 
 

@@ -41,7 +41,7 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(small, tmp_path, capsys):
     assert err == "" and summary["reason"] == "finished" and summary["step"] == 3
     assert summary["mfu"] is None and summary["tokens_per_second"] > 0  # no peak of a CPU is known
     params, config = jax_mla.load(summary["model"])
-    assert config.hidden_size == 32 and np.isfinite(params["lm_head"]).all()
+    assert config.hidden_size == 32 and np.isfinite(params["lm_head"]["weight"]).all()
     rows = [*map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())]
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["loss"] == summary["loss"]
     steps = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
@@ -66,7 +66,9 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(small, tmp_path, capsys):
     assert main([*small, "--resume", "--export-dtype", "bfloat16"]) == 0
     narrow, config = jax_mla.load(summary["model"])
     assert config.dtype == "bfloat16"
-    np.testing.assert_array_equal(narrow["lm_head"], params["lm_head"].astype("bfloat16"))
+    np.testing.assert_array_equal(
+        narrow["lm_head"]["weight"], params["lm_head"]["weight"].astype("bfloat16")
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_weights_are_read_where_the_state_will_lie(tmp_path):
     assert _loader(None, None) is None
     mesh = jax_mla.make_mesh(stage=2)
     placed = _loader(tmp_path / "model", mesh)(jax_mla.ShardingRules(embed=("fsdp", "stage")))
-    assert placed["lm_head"].sharding.shard_shape((192, 320)) == (96, 320)
+    assert placed["lm_head"]["weight"].sharding.shard_shape((192, 320)) == (96, 320)
     jax.tree.map(np.testing.assert_array_equal, placed, params)
 
 

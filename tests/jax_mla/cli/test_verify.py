@@ -83,9 +83,10 @@ def test_one_wrong_number_is_found_and_named(key, at, named, model, golden):
 def test_wrong_weights_name_the_first_layer_they_reach(model, golden):
     params, config = model
     attention = params["moe_layers"]["self_attn"]
-    o_proj = attention["o_proj"].at[1].multiply(1.01)  # of layer 2
+    o_proj = attention["o_proj"]["weight"].at[1].multiply(1.01)  # of layer 2
     wrong = params | {
-        "moe_layers": params["moe_layers"] | {"self_attn": attention | {"o_proj": o_proj}}
+        "moe_layers": params["moe_layers"]
+        | {"self_attn": attention | {"o_proj": {"weight": o_proj}}}
     }
     assert deviating(parity.against_golden(wrong, config, golden, ATOL))[0].startswith("layer 2")
 

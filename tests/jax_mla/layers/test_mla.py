@@ -40,25 +40,27 @@ def written_out(mla, x):
     config = mla.config
     w = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(mla)))
     x = np.asarray(x, np.float64)
+    bias = lambda linear: linear.get("bias", 0)  # noqa: E731
     P, C = config.qk_nope_head_dim, config.kv_lora_rank
     out = np.zeros_like(x)
     for b in range(x.shape[0]):
         q_c = x[b]
-        q_w = w.get("q_proj")
+        q_w = w.get("q_proj", {}).get("weight")
         if config.q_lora_rank is not None:
-            q_c = norm(x[b] @ w["q_a_proj"] + w.get("q_a_proj_bias", 0), w["q_a_layernorm"])
-            q_w = w["q_b_proj"]
-        row = x[b] @ w["kv_a_proj_with_mqa"] + w.get("kv_a_proj_with_mqa_bias", 0)
+            q_c = norm(x[b] @ w["q_a_proj"]["weight"] + bias(w["q_a_proj"]), w["q_a_layernorm"])
+            q_w = w["q_b_proj"]["weight"]
+        row = x[b] @ w["kv_a_proj_with_mqa"]["weight"] + bias(w["kv_a_proj_with_mqa"])
         latent, k_pe = norm(row[:, :C], w["kv_a_layernorm"]), turn(row[:, C:], config)
         for n in range(config.num_attention_heads):
             q = q_c @ q_w[:, n]
             q_pe = turn(q[:, P:], config)
-            keys, values = latent @ w["k_b_proj"][n].T, latent @ w["v_b_proj"][n].T
+            k_b, v_b = w["k_b_proj"]["weight"][n], w["v_b_proj"]["weight"][n]
+            keys, values = latent @ k_b.T, latent @ v_b.T
             for t in range(x.shape[1]):
                 scores = (keys[: t + 1] @ q[t, :P] + k_pe[: t + 1] @ q_pe[t]) * scale(config)
                 p = np.exp(scores - scores.max())
-                out[b, t] += (p / p.sum()) @ values[: t + 1] @ w["o_proj"][n]
-    return out + w.get("o_proj_bias", 0)
+                out[b, t] += (p / p.sum()) @ values[: t + 1] @ w["o_proj"]["weight"][n]
+    return out + bias(w["o_proj"])
 
 
 def norm(x, weights):

@@ -28,8 +28,8 @@ def written_out(moe, x, index, weight):
     x = np.asarray(x, np.float64)
 
     def swiglu(x, p):
-        gate = x @ p["gate_proj"]
-        return (gate / (1 + np.exp(-gate)) * (x @ p["up_proj"])) @ p["down_proj"]
+        gate, up = x @ p["gate_proj"]["weight"], x @ p["up_proj"]["weight"]
+        return (gate / (1 + np.exp(-gate)) * up) @ p["down_proj"]["weight"]
 
     out = swiglu(x, w["shared_experts"])
     for at in np.ndindex(x.shape[:-1]):
@@ -181,6 +181,6 @@ def test_router_multiplies_in_float32():
     logits = x[0, 0] @ gate
     assert logits[5] > logits[2] and jnp.bfloat16(logits[5]) == jnp.bfloat16(logits[2])
     graphdef, state = nnx.split(layer(c))
-    state["gate"][...] = jnp.asarray(gate, jnp.bfloat16)
+    state["gate"]["weight"][...] = jnp.asarray(gate, jnp.bfloat16)
     routing = nnx.merge(graphdef, state).route(jnp.asarray(x, jnp.bfloat16))
     assert routing.expert_index.item() == 5

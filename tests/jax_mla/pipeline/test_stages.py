@@ -53,13 +53,14 @@ def test_a_stage_has_its_layers_on_its_devices(moe_config, sizes):
         {"moe_layers"} if sizes[0] > 1 else set()
     )
     assert last.keys() == {"moe_layers", "norm", "lm_head"}
-    gate = last["moe_layers"]["mlp"]["gate"]
-    np.testing.assert_array_equal(gate, params["moe_layers"]["mlp"]["gate"][-sizes[1] :])
+    gate = last["moe_layers"]["mlp"]["gate"]["weight"]
+    np.testing.assert_array_equal(gate, params["moe_layers"]["mlp"]["gate"]["weight"][-sizes[1] :])
     stage_axis = mesh.axis_names.index("stage")
     for stage, part in enumerate((first, last)):
         devices = set(np.take(mesh.devices, stage, stage_axis).flat)
         assert all(x.sharding.device_set == devices for x in jax.tree.leaves(part))
-    assert last["lm_head"].sharding.shard_shape(last["lm_head"].shape) == (32, 160)  # over tensor
+    head = last["lm_head"]["weight"]
+    assert head.sharding.shard_shape(head.shape) == (32, 160)  # over tensor
     assert_same(pipeline.join((first, last)), params)
 
 
@@ -79,7 +80,7 @@ def test_of_two_copies_of_an_embedding_the_first_is_joined(dense_config):
     pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=2))
     params = params_of(dense_config)
     first, last = pipeline.split(params)
-    last["embed_tokens"] = last["embed_tokens"] + 1
+    last["embed_tokens"]["weight"] = last["embed_tokens"]["weight"] + 1
     assert_same(pipeline.join((first, last)), params)
 
 
@@ -146,13 +147,17 @@ def test_the_last_stage_is_given_the_first_ones_embedding(dense_config, monkeypa
     """By copies, and by the programs that several processes need."""
     pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3, data=2))
     parts = pipeline.split(params_of(dense_config))
-    parts[-1]["embed_tokens"] = parts[-1]["embed_tokens"] + 1
+    parts[-1]["embed_tokens"]["weight"] = parts[-1]["embed_tokens"]["weight"] + 1
     spec = partition_spec(pipeline.rules, ("vocab", "embed"))
     for move in (exchange.move, exchange.passed_on):
         monkeypatch.setattr(exchange, "move", move)
         *others, last = exchange.with_first_embedding(parts, pipeline, spec)
-        np.testing.assert_array_equal(last["embed_tokens"], parts[0]["embed_tokens"])
-        assert last["embed_tokens"].sharding == parts[-1]["embed_tokens"].sharding
+        np.testing.assert_array_equal(
+            last["embed_tokens"]["weight"], parts[0]["embed_tokens"]["weight"]
+        )
+        assert (
+            last["embed_tokens"]["weight"].sharding == parts[-1]["embed_tokens"]["weight"].sharding
+        )
         assert others == list(parts[:-1]) and last.keys() == parts[-1].keys()
 
 

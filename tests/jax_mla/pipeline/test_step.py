@@ -103,7 +103,8 @@ def test_the_norm_is_of_all_stages_and_a_tied_embedding_counts_once(dense_config
         (four * jnp.inf, True, np.inf, False),
         (four * jnp.inf, False, np.inf, True),
     ):
-        gradients = ({"embed_tokens": three}, {"w": three * 0}, {"embed_tokens": three, "b": last})
+        tied = {"embed_tokens": {"weight": three}}
+        gradients = (tied, {"w": three * 0}, tied | {"b": last})
         placed = [jax.device_put(g, pipeline.sharding(stage)) for stage, g in enumerate(gradients)]
         got = norm_and_finiteness(placed, pipeline, is_scaled=is_scaled)
         assert (got[0], got[1]) == (norm, is_finite)
@@ -138,7 +139,7 @@ def test_a_tied_embedding_stays_one(dense_config, random_params, batches):
         random_params(dense_config),
     )
     states, _ = assert_same_steps(params, dense_config, pipeline, batches[:5])
-    first, last = (states[i].params["embed_tokens"] for i in (0, -1))
+    first, last = (states[i].params["embed_tokens"]["weight"] for i in (0, -1))
     np.testing.assert_array_equal(first, last)
 
 

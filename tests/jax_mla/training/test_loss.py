@@ -175,7 +175,7 @@ def test_balance_loss_reaches_the_router_alone_through_scores(params, config, to
 
     value, gradients = jax.jit(jax.value_and_grad(balance))(params)
     mlp = gradients["moe_layers"]["mlp"]
-    assert value > 1 and mlp["gate"].any() and not mlp["e_score_correction_bias"].any()
+    assert value > 1 and mlp["gate"]["weight"].any() and not mlp["e_score_correction_bias"].any()
     assert not any(g.any() for g in jax.tree.leaves(mlp["experts"]))
 
 

@@ -101,17 +101,17 @@ def test_muon_makes_every_matrix_orthogonal_by_itself(params, rng):
         return values.max() / values.min()
 
     attention, experts = updates["self_attn"], updates["mlp"]["experts"]
-    assert spread(experts["up_proj"][0, 3], 16) < 3
-    assert spread(attention["o_proj"][0], 32) < 3  # (heads, head_dim) -> embed
-    assert spread(attention["k_b_proj"][0], 16) < 3  # (heads, head_dim) <- latent
-    assert spread(attention["q_b_proj"][0], 32) < 3  # latent -> (heads, head_dim)
-    gradient = gradients["moe_layers"]["self_attn"]["q_b_proj"][0]
+    assert spread(experts["up_proj"]["weight"][0, 3], 16) < 3
+    assert spread(attention["o_proj"]["weight"][0], 32) < 3  # (heads, head_dim) -> embed
+    assert spread(attention["k_b_proj"]["weight"][0], 16) < 3  # (heads, head_dim) <- latent
+    assert spread(attention["q_b_proj"]["weight"][0], 32) < 3  # latent -> (heads, head_dim)
+    gradient = gradients["moe_layers"]["self_attn"]["q_b_proj"]["weight"][0]
     assert spread(gradient, 32) > 6  # the test can fail
 
 
 def test_kinds_of_weight(params):
     found = named(kinds(params))
-    assert found["['embed_tokens']"] == found["['lm_head']"] == "table"
+    assert found["['embed_tokens']['weight']"] == found["['lm_head']['weight']"] == "table"
     assert found["['norm']['weight']"] == "vector"
-    assert found["['moe_layers']['mlp']['gate']"] == "matrix"
+    assert found["['moe_layers']['mlp']['gate']['weight']"] == "matrix"
     assert found["['moe_layers']['self_attn']['kv_a_layernorm']['weight']"] == "vector"

@@ -86,7 +86,7 @@ def test_a_run_moves_to_a_mesh_and_back(tmp_path, config, data, uninterrupted):
         options = {"checkpoints": store, "resume": True, "on_notice": lambda _: None}
         train(config, RECIPE, data, **options, **stop_after(2)[1])
         state = train(config, RECIPE, data, **options, **mesh, **stop_after(2)[1]).state
-        assert not state.params["moe_layers"]["mlp"]["gate"].sharding.is_fully_replicated
+        assert not state.params["moe_layers"]["mlp"]["gate"]["weight"].sharding.is_fully_replicated
         state = train(config, RECIPE, data, **options).state
     assert state.step == 6
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(uninterrupted[0]), strict=True):
@@ -107,7 +107,7 @@ def test_a_pipeline_goes_on_to_the_same_bits_and_then_on_one_device(
         shutil.rmtree(tmp_path / "step_00000004")
         state = train(config, recipe, data, **options, **staged, **stop_after(2)[1]).state
         assert_same_bits(state, want)
-        of_stages = state.params["dense_layers"]["mlp"]["gate_proj"].sharding
+        of_stages = state.params["dense_layers"]["mlp"]["gate_proj"]["weight"].sharding
         assert "stage" in str(of_stages.spec)  # no device holds the whole model in between
         state = train(config, recipe, data, **options).state
     assert state.step == 6
@@ -193,8 +193,8 @@ def test_a_loss_that_is_no_number_ends_the_run_unsaved(tmp_path, config, data, p
 
 def test_gradients_without_a_finite_norm_end_the_run_unsaved(tmp_path, config, data, params):
     """The squares of the head's gradients overflow, and neither they nor the loss."""
-    norm, head = params["norm"]["weight"], params["lm_head"]
-    steep = params | {"norm": {"weight": norm * 1e25}, "lm_head": head * 1e-25}
+    norm, head = params["norm"]["weight"], params["lm_head"]["weight"]
+    steep = params | {"norm": {"weight": norm * 1e25}, "lm_head": {"weight": head * 1e-25}}
     with Checkpoints(tmp_path) as store:
         with pytest.raises(ValueError, match="the gradients' norm of step 1 is inf"):
             train(config, RECIPE, data, params=steep, checkpoints=store, save_every=1)
@@ -203,7 +203,7 @@ def test_gradients_without_a_finite_norm_end_the_run_unsaved(tmp_path, config, d
 
 def test_weights_may_be_given(config, data, params):
     result = train(config, RECIPE, data, params=params, **stop_after(1)[1])
-    assert result.state.step == 1 and not params["lm_head"].is_deleted()
+    assert result.state.step == 1 and not params["lm_head"]["weight"].is_deleted()
 
 
 def test_weights_are_loaded_where_a_run_begins_and_not_where_it_resumes(

@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_old_state_is_gone(config, tok
         for _ in range(3):
             old = state
             state, _ = train_step(old, config, Batch(jnp.asarray(tokens)), recipe=RECIPE)
-            assert old.params["lm_head"].is_deleted()
+            assert old.params["lm_head"]["weight"].is_deleted()
         states.append(state)
     assert same_bits(*states) and states[0].step == 3
     other = init_state(jax.random.key(1), config, recipe=RECIPE)
@@ -215,4 +215,4 @@ def test_weights_to_start_from_are_copied(config, params, tokens):
     state = init_state(jax.random.key(0), config, recipe=RECIPE, params=params)
     assert same_bits(state.params, params)
     train_step(state, config, place_batch(Batch(tokens), None), recipe=RECIPE)
-    assert not params["lm_head"].is_deleted()
+    assert not params["lm_head"]["weight"].is_deleted()

@@ -53,7 +53,7 @@ def sizes(config):
         name = ".".join(key.key for key in path)
         kind = "experts" if ".experts." in name else "matrices"
         kind = "vectors" if name.endswith(("norm.weight", "bias")) else kind
-        found["embedding" if name == "embed_tokens" else kind] += leaf.size * 4
+        found["embedding" if name == "embed_tokens.weight" else kind] += leaf.size * 4
     return found
 
 
