@@ -285,6 +285,6 @@ def _tied(gradients: list[Params | None], pipeline: Pipeline) -> list[Params | N
     )
     like = of_last if of_first is None else of_first
     given = exchange.move(of_last, like, pipeline, pipeline.num_stages - 1, 0, spec)
-    if first is not None:
+    if first is not None and of_first is not None:
         first = first | {"embed_tokens": {"weight": of_first + given}}
     return exchange.with_first_embedding([first, *others], pipeline, spec)

@@ -211,7 +211,7 @@ def test_refuses_other_parameters_with_everything_listed(golden, tmp_path):
 def test_refuses_integers_and_float64(golden, tmp_path):
     params, config = jax_mla.load(golden / "youtu")
     wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), params)
-    with pytest.raises(ValueError, match="embed_tokens.weight is float64"):
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is float64"):
         jax_mla.save(tmp_path / "out", wide, config)
 
 
