@@ -1,4 +1,8 @@
-"""The model as functions: parameters are a plain dict, cache goes in and comes out, all jits."""
+"""The model as functions: parameters are a plain dict, cache goes in and comes out, all jits.
+
+`prefill` and `decode_step` check what they are given, which reads lengths and page tables back from
+the device; `unchecked_prefill` and `unchecked_decode_step` are the same without.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +107,7 @@ def prefill(
     Args:
       tokens: right-padded.
       cache: may hold earlier chunks. Not changed; donate it to your own jit to reuse its memory.
-        Under jit its room cannot be checked: rows beyond it are not kept, yet counted.
+        Under jit its room cannot be checked: rows beyond it are dropped, yet counted.
       lengths: valid tokens of each row; None means all T. A row of length 0 keeps its cache, and
         its logits mean nothing.
       form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one for the
@@ -127,11 +131,30 @@ def prefill(
     has_context = longest(cache) != 0
     form = _form(form, config, tokens.shape[1], cache)
     options = {"has_context": has_context, "form": form, "rules": rules}
-    return _prefill(params, config, tokens, cache, lengths, **options)
+    return unchecked_prefill(params, config, tokens, cache, lengths, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "has_context", "form", "rules"))
-def _prefill(params, config, tokens, cache, lengths, *, has_context, form, rules):
+def unchecked_prefill(
+    params: Params,
+    config: DeepSeekConfig,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    lengths: Int[Array, " B"],
+    *,
+    has_context: bool = True,
+    form: Form | None = None,
+    rules: ShardingRules | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """`prefill` that trusts its arguments: nothing is read back from the device.
+
+    For loops that know what is in their cache. Ids, lengths and pages that are out of range give
+    wrong numbers and no error.
+
+    Args:
+      has_context: False when the cache is known to be empty.
+      form: None takes the cheaper one for a full cache.
+    """
     model = bind(params, config, rules)
     phase = model.prefilling(tokens, cache, lengths, has_context=has_context, form=form)
     out = model.run(tokens, phase, cache)
@@ -177,11 +200,20 @@ def decode_step(
     check_split(token, placement, ("batch",))
     check_cache(cache, config, num_new, batch=token.shape[0], placement=placement)
     form = "absorbed" if form is None and num_new == 1 else _form(form, config, num_new, cache)
-    return _decode_step(params, config, token, cache, form=form, rules=rules)
+    return unchecked_decode_step(params, config, token, cache, form=form, rules=rules)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "form", "rules"))
-def _decode_step(params, config, token, cache, *, form, rules):
+def unchecked_decode_step(
+    params: Params,
+    config: DeepSeekConfig,
+    token: Int[Array, "B ..."],
+    cache: Cache,
+    *,
+    form: Form = "absorbed",
+    rules: ShardingRules | None = None,
+) -> tuple[Float[Array, "B ... V"], Cache]:
+    """`decode_step` that trusts its arguments: nothing is read back from the device."""
     model = bind(params, config, rules)
     tokens = token.reshape(token.shape[0], -1)
     num_new = jnp.full(token.shape[0], tokens.shape[1], jnp.int32)

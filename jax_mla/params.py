@@ -40,11 +40,13 @@ def bind(
     *,
     layers: tuple[int, int] | None = None,
 ) -> DeepSeek:
-    """The module that computes with `params`, where they lie. Call inside jit; it copies nothing.
+    """Builds the module over `params`, on the mesh they are sharded over. It copies nothing.
+
+    Call it inside jit: a jitted loop of one's own is this and the methods of `DeepSeek`.
 
     Args:
       rules: those by which the parameters were put on their mesh; None takes the defaults.
-      layers: the first and the end of those that `params` hold, a part of the model; None: all.
+      layers: half-open range [first, end) that `params` covers; None for all.
 
     Raises:
       ValueError: the parameters are not those of the config, every difference is listed; or there

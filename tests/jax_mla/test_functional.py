@@ -92,7 +92,7 @@ def test_the_form_is_chosen_by_what_is_cached(call, num_cached, num_new, form, m
     config = dataclasses.replace(CONFIG, kv_lora_rank=256, qk_nope_head_dim=16, v_head_dim=16)
     assert form == choose_form(config, num_new, num_cached)
     chosen = []
-    monkeypatch.setattr(functional, f"_{call}", lambda *_, form, **__: chosen.append(form))
+    monkeypatch.setattr(functional, f"unchecked_{call}", lambda *_, form, **__: chosen.append(form))
     cache = jax_mla.LatentCache.empty(config, 3, 64)
     cache = dataclasses.replace(cache, lengths=jnp.asarray([0, num_cached, 0]))
     getattr(jax_mla, call)({}, config, np.zeros((3, num_new), int), cache)

@@ -1,7 +1,7 @@
-"""Rows to the devices that own their experts and back: the two exchanges inside of shard_map.
+"""Exchanges that send rows to the devices that own their experts, and back. Inside shard_map.
 
-`padded` sends blocks of equal size, `ragged` only the rows that there are. What goes where are
-plain functions of arrays, below.
+`padded` sends blocks of equal size, `ragged` only the rows that there are. The plain functions of
+arrays below say which row goes where.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# run(rows, expert): each row through the expert of that number among a device's own, 0 if none.
-Run = Callable[[Float[Array, "rows D"], Int[Array, " rows"]], Float[Array, "rows D"]]
+# apply(rows, expert): applies local expert `expert[m]` to row m; 0 for ids out of range.
+ApplyExperts = Callable[[Float[Array, "rows D"], Int[Array, " rows"]], Float[Array, "rows D"]]
 
 
 def padded(
     x: Float[Array, "M D"],
     expert_index: Int[Array, "M A"],
     own_experts: int,
-    run: Run,
+    apply: ApplyExperts,
     axes: tuple[str, ...],
     capacity: float | int | None,
 ) -> Float[Array, "M*A D"]:
-    """Every token through each of its experts, 0 for those that are left out.
+    """Every token through each of its experts; 0 where a choice is dropped.
 
     Args:
       expert_index: negative for none.
@@ -47,14 +47,14 @@ def padded(
     sent = exchange(sent.at[slot].set(x[jnp.arange(expert.size) // active], mode="drop"))
     own = jnp.full(num_devices * room, own_experts, jnp.int32)
     own = exchange(own.at[slot].set(expert % own_experts, mode="drop"))
-    return exchange(run(sent, own)).at[slot].get(mode="fill", fill_value=0)
+    return exchange(apply(sent, own)).at[slot].get(mode="fill", fill_value=0)
 
 
 def ragged(
     x: Float[Array, "M D"],
     expert_index: Int[Array, "M A"],
     own_experts: int,
-    run: Run,
+    apply: ApplyExperts,
     axes: tuple[str, ...],
 ) -> Float[Array, "M*A D"]:
     """As `padded` without a capacity, but sends only rows that there are.
@@ -64,7 +64,7 @@ def ragged(
     num_devices, rank = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
     (M, A), num_experts = expert_index.shape, num_devices * own_experts
     expert = expert_index.reshape(-1)
-    expert = jnp.where(expert < 0, num_experts, expert)  # behind the others, and not sent
+    expert = jnp.where(expert < 0, num_experts, expert)  # sorted after the others, and not sent
     order = jnp.argsort(expert)
     by_expert = jax.lax.all_gather(jnp.bincount(expert, length=num_experts), axes)
     by_expert = by_expert.reshape(num_devices, num_devices, own_experts)
@@ -75,7 +75,7 @@ def ragged(
 
     counts, room = by_expert.sum(axis=-1), num_devices * M * min(A, own_experts)
     received = exchange(x[order // A], counts, room)
-    rows = run(received, received_experts(by_expert[:, rank], room))
+    rows = apply(received, received_experts(by_expert[:, rank], room))
     return exchange(rows, counts.T, M * A)[jnp.argsort(order)]
 
 
@@ -102,9 +102,9 @@ def padded_counts(
 def padded_slots(
     expert: Int[Array, " rows"], own_experts: int, num_devices: int, room: int | Int[Array, ""]
 ) -> Int[Array, " rows"]:
-    """Where each row goes among num_devices blocks of `room`, or their end if there is none left.
+    """Slot of each row in a [num_devices, room] buffer; num_devices * room if its block is full.
 
-    Rows of one device keep their order, so it is the last ones that find no room.
+    Rows for one device keep their order, so the last ones are dropped.
     """
     to = _device_of(expert, own_experts, num_devices)
     counts = padded_counts(expert, own_experts, num_devices)
@@ -132,10 +132,10 @@ class RaggedSizes(NamedTuple):
 def ragged_sizes(
     counts: Int[Array, "num_devices num_devices"], rank: int | Int[Array, ""]
 ) -> RaggedSizes:
-    """What device `rank` sends where, if counts[s, d] rows go from s to d.
+    """Offsets and sizes for device `rank`, when counts[s, d] rows go from s to d.
 
-    What is sent lies in the order of the destinations, what is received in that of the sources;
-    the transposed counts send it back.
+    Rows are sent in the order of their destinations and received in that of their sources; the
+    transposed counts send them back.
     """
     of_source = jnp.cumsum(counts, axis=1) - counts  # where rows for d begin in what s sends
     at_destination = jnp.cumsum(counts, axis=0) - counts  # and in what d receives
@@ -145,7 +145,7 @@ def ragged_sizes(
 def received_experts(
     counts: Int[Array, "num_devices own_experts"], num_rows: int
 ) -> Int[Array, " num_rows"]:
-    """Expert of each received row, sorted by source, then by expert; own_experts behind the last.
+    """Expert of each received row, sorted by source, then by expert; own_experts after the last.
 
     Args:
       counts: rows from each device for each expert here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.linear import Linear, constant
 from jax_mla.layers.mlp import SwiGLU
 from jax_mla.layers.moe.experts import Experts, apply_local
-from jax_mla.layers.moe.on_mesh import apply_on_mesh, count_dropped
+from jax_mla.layers.moe.on_mesh import apply_on_mesh, count_dropped, route_on_mesh
 from jax_mla.layers.moe.router import Routing, route
 from jax_mla.sharding.placement import Placement
 
@@ -26,9 +27,9 @@ class MoE(nnx.Module):
     Args:
       config: reads hidden_size, moe_intermediate_size, n_routed_experts, n_shared_experts,
         num_experts_per_tok and the router's fields.
-      placement: the mesh that weights and inputs will lie on; None on a single device.
+      placement: the mesh of weights and inputs; None on a single device.
 
-    Cost: A + n_shared_experts feed-forward layers of width moe_intermediate_size a token.
+    Cost: per token, A + n_shared_experts feed-forward layers of width moe_intermediate_size.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class MoE(nnx.Module):
         self.config, self.placement = config, placement
         D, (E, _, F) = config.hidden_size, config.moe_sizes
         options = {"stddev": config.initializer_range, "dtype": config.dtype}
-        # Every device routes its own tokens over all experts, so the router is not split by them.
+        # Every device routes its own tokens over all experts, so the router is not sharded by them.
         self.gate = Linear("...D,DE->...E", (D, E), ("embed", None), rngs=rngs, **options)
         if config.topk_method == "noaux_tc":
             # float32 in every checkpoint: it decides between scores that bfloat16 would make equal
@@ -58,18 +59,9 @@ class MoE(nnx.Module):
         # The bias balances load by its own rule (arXiv 2408.15664) and never sees a gradient.
         bias = jax.lax.stop_gradient(self.e_score_correction_bias[...]) if has_bias else None
 
-        def choose(logits, bias):
-            flat = route(logits.reshape(-1, logits.shape[-1]), bias, self.config)
-            return jax.tree.map(lambda leaf: leaf.reshape(*logits.shape[:-1], -1), flat)
-
-        if self.placement is not None:  # the compiler would gather all tokens for each top_k
-            tokens = self.placement.spec(*self.placement.of_tokens(logits))
-            choose = jax.shard_map(
-                choose,
-                mesh=self.placement.mesh,
-                in_specs=(tokens, self.placement.spec(None)),
-                out_specs=tokens,
-            )
+        choose = functools.partial(route, config=self.config)
+        if self.placement is not None:
+            choose = route_on_mesh(choose, logits, self.placement)
         routing = choose(logits, bias).of_valid(valid)
         if self.placement is None or self.placement.rules.expert_capacity is None:
             return routing
@@ -91,7 +83,7 @@ class MoE(nnx.Module):
           x: under a mesh [B, T, D].
           routing: replaces the router's own choice.
           valid: False for padding, of which only the shared experts are computed.
-          expert_layer: of a pool of experts, which layer's to take.
+          expert_layer: the layer to take of a pool of experts.
         """
         routing = self.route(x, valid) if routing is None else routing.of_valid(valid)
         y = self._routed(x, routing, expert_layer)
@@ -99,7 +91,7 @@ class MoE(nnx.Module):
             y = y + self.shared_experts(x)
         return y
 
-    def _routed(self, x, routing: Routing, expert_layer):
+    def _routed(self, x: Array, routing: Routing, expert_layer: int | Array) -> Array:
         index, weight = routing.expert_index, routing.expert_weight
         weights = self.experts.pools()
         if self.placement is not None:

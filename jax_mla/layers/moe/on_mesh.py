@@ -1,10 +1,16 @@
-"""Routed experts over the mesh axes that shard them."""
+"""Routed experts on a mesh: shard_map around what one device computes.
+
+`dense` lets every device see all tokens and apply its own experts to them; `a2a` and `ragged` send
+each token only to the devices that own its experts, `a2a` in blocks padded to equal size. All equal
+the layer on one device: no token is dropped, unless `a2a` is given a capacity.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_mla.layers.moe import exchange
 from jax_mla.layers.moe.experts import Pools, apply_experts, apply_local, combine
+from jax_mla.layers.moe.router import Routing
 from jax_mla.sharding.placement import Placement
 from jax_mla.sharding.rules import ShardingRules
 
@@ -28,7 +35,7 @@ def apply_on_mesh(
     axes, rules = _Axes.of(x, placement), placement.rules
     is_sent = rules.expert_dispatch != "dense" and axes.expert
 
-    def share(x, expert_index, expert_weight, pools, layer):
+    def on_device(x, expert_index, expert_weight, pools, layer):
         flat, index, weight = (a.reshape(-1, a.shape[-1]) for a in (x, expert_index, expert_weight))
         if is_sent:
             y = _sent(flat, index, weight, pools, layer, axes, rules)
@@ -39,7 +46,7 @@ def apply_on_mesh(
     spec, tokens = placement.spec, placement.spec(*placement.of_tokens(x))
     into, out = spec(None, "expert", "embed", "mlp"), spec(None, "expert", "mlp", "embed")
     return jax.shard_map(
-        share,
+        on_device,
         mesh=placement.mesh,
         in_specs=(tokens, tokens, tokens, (into, into, out), spec()),
         out_specs=tokens,
@@ -47,20 +54,30 @@ def apply_on_mesh(
     )(x, expert_index, expert_weight, pools, layer)
 
 
+def route_on_mesh(
+    route: Callable[..., Routing], logits: Float[Array, "B T E"], placement: Placement
+) -> Callable[..., Routing]:
+    """`route` on every device's tokens: the compiler would gather all tokens for each top_k."""
+    tokens = placement.spec(*placement.of_tokens(logits))
+    return jax.shard_map(
+        route, mesh=placement.mesh, in_specs=(tokens, placement.spec(None)), out_specs=tokens
+    )
+
+
 def count_dropped(
     expert_index: Int[Array, "B T A"], num_experts: int, placement: Placement
 ) -> Int[Array, ""]:
-    """How many of a layer's (token, expert) pairs `apply_on_mesh` leaves out, on all devices."""
+    """The (token, expert) pairs of a layer that `apply_on_mesh` drops, on all devices together."""
     axes, capacity = _Axes.of(expert_index, placement), placement.rules.expert_capacity
     if not axes.expert:  # nothing is sent
         return jnp.zeros((), jnp.int32)
     num_devices = placement.num_shards("expert")
     own_experts = num_experts // num_devices
 
-    def share(expert_index):
+    def on_device(expert_index):
         flat = expert_index.reshape(-1, expert_index.shape[-1])
         if axes.replicated:
-            (flat,) = _own_part((flat,), axes.replicated)
+            (flat,) = _own_tokens((flat,), axes.replicated)
         room = exchange.padded_room(flat.shape, own_experts, num_devices, capacity)
         counts = exchange.padded_counts(flat.reshape(-1), own_experts, num_devices)
         dropped = jnp.maximum(counts - room, 0).sum()
@@ -69,14 +86,22 @@ def count_dropped(
 
     tokens = placement.spec(*placement.of_tokens(expert_index))
     return jax.shard_map(
-        share, mesh=placement.mesh, in_specs=tokens, out_specs=placement.spec(), check_vma=False
+        on_device, mesh=placement.mesh, in_specs=tokens, out_specs=placement.spec(), check_vma=False
     )(expert_index)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-    """Mesh axes: those that split tokens; that split experts, and of them those that do and do not
-    split tokens as well; and those that split the width of each expert, and its inputs."""
+    """Mesh axes by what they shard.
+
+    Attributes:
+      tokens: axes that shard tokens.
+      expert: axes that shard experts.
+      gathered: expert axes that also shard tokens.
+      replicated: expert axes that do not.
+      width: axes that shard F.
+      embed: axes that shard D.
+    """
 
     tokens: tuple[str, ...]
     expert: tuple[str, ...]
@@ -87,7 +112,7 @@ class _Axes:
 
     @classmethod
     def of(cls, x: Array, placement: Placement) -> _Axes:
-        """Of the mesh, and of tokens x[B, T, ...] on it."""
+        """The axes of a mesh for tokens x[B, T, ...] on it."""
         split = [name for name in placement.of_tokens(x) if name]
         tokens = tuple(axis for name in split for axis in placement.axes(name))
         expert = placement.axes("expert")
@@ -102,7 +127,7 @@ class _Axes:
 
 
 def _dense(x, expert_index, expert_weight, pools, layer, axes: _Axes):
-    """Gathers the tokens of all devices that split the experts, and adds up their results."""
+    """Gathers the tokens of all devices that shard the experts, and adds up their results."""
     if axes.gathered:
         gather = functools.partial(jax.lax.all_gather, axis_name=axes.gathered, axis=0, tiled=True)
         x, expert_index, expert_weight = gather(x), gather(expert_index), gather(expert_weight)
@@ -118,8 +143,8 @@ def _dense(x, expert_index, expert_weight, pools, layer, axes: _Axes):
 def _sent(x, expert_index, expert_weight, pools, layer, axes: _Axes, rules: ShardingRules):
     """Sends every token to the devices of its experts and the results back."""
     num_tokens = x.shape[0]
-    if axes.replicated:  # devices with equal tokens take a part of them each
-        x, expert_index, expert_weight = _own_part(
+    if axes.replicated:  # devices with equal tokens take some of them each
+        x, expert_index, expert_weight = _own_tokens(
             (x, expert_index, expert_weight), axes.replicated
         )
 
@@ -140,8 +165,8 @@ def _sent(x, expert_index, expert_weight, pools, layer, axes: _Axes, rules: Shar
     return y
 
 
-def _own_part(arrays, axes):
-    """This device's share of arrays that all devices along `axes` hold; padded to equal parts."""
+def _own_tokens(arrays, axes):
+    """This device's rows of arrays replicated over `axes`, padded to equally many per device."""
     parts = math.prod(jax.lax.axis_size(axis) for axis in axes)
     M = arrays[0].shape[0]
     size = -(-M // parts)

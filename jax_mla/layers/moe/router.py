@@ -18,7 +18,7 @@ class Routing:
 
     `expert_index` is -1 for padding, which goes to no expert.
     `scores` are those of all experts, unbiased, for a balance loss; a layer does not read them.
-    `num_dropped` of the choices are left out for want of capacity; None if there is no such limit.
+    `num_dropped` of the choices are dropped by expert_capacity; None without one.
     """
 
     expert_index: Int[Array, "*B A"]
@@ -35,9 +35,9 @@ class Routing:
 
 
 def route(
-    logits: Float[Array, "M E"], bias: Float[Array, " E"] | None, config: DeepSeekConfig
+    logits: Float[Array, "*B E"], bias: Float[Array, " E"] | None, config: DeepSeekConfig
 ) -> Routing:
-    """Chooses A experts a token from router logits; everything in float32.
+    """Chooses A experts per token from router logits; everything in float32.
 
     scores = softmax or sigmoid of the logits. `greedy` takes the A best. The other two first keep
     the `topk_group` best of `n_group` groups: `group_limited_greedy` (V2) judges a group by its
@@ -47,6 +47,7 @@ def route(
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.2; DeepSeek-V3, arXiv 2412.19437, section 2.1.
     """
+    shape, logits = logits.shape, logits.reshape(-1, logits.shape[-1])
     is_sigmoid = config.scoring_func == "sigmoid"
     scores = jax.nn.sigmoid(logits) if is_sigmoid else jax.nn.softmax(logits, axis=-1)
     biased = scores if bias is None else scores + bias[None, :]
@@ -60,7 +61,8 @@ def route(
     expert_weight = jnp.take_along_axis(scores, expert_index, axis=-1)
     if config.norm_topk_prob:
         expert_weight = expert_weight / (expert_weight.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(expert_index, expert_weight * config.routed_scaling_factor, scores)
+    flat = Routing(expert_index, expert_weight * config.routed_scaling_factor, scores)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape[:-1], -1), flat)
 
 
 def _keep_best_groups(
