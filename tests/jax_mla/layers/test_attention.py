@@ -26,7 +26,7 @@ def turn(x):
 def written_out(gqa, x, kv_heads):
     x = np.asarray(x, np.float64)
     wq, wk, wv, wo = (
-        np.asarray(w[...], np.float64) for w in (gqa.q_proj, gqa.k_proj, gqa.v_proj, gqa.o_proj)
+        np.asarray(w.array(), np.float64) for w in (gqa.q_proj, gqa.k_proj, gqa.v_proj, gqa.o_proj)
     )
     out = np.zeros_like(x)
     for b in range(len(x)):

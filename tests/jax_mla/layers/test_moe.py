@@ -90,9 +90,9 @@ def test_gradients_with_fixed_routing(rng):
         moe = nnx.merge(graphdef, state)
         if grouped:
             return jnp.sum(moe(x, Routing(jnp.asarray(index), weight)) * dy)
-        every = jnp.einsum("BTD,EDF->BTEF", x, moe.experts.gate_proj.array())
-        every = jax.nn.silu(every) * jnp.einsum("BTD,EDF->BTEF", x, moe.experts.up_proj.array())
-        every = jnp.einsum("BTEF,EFD->BTED", every, moe.experts.down_proj.array())
+        every = jnp.einsum("BTD,EDF->BTEF", x, moe.experts.gate_proj.weight[...])
+        every = jax.nn.silu(every) * jnp.einsum("BTD,EDF->BTEF", x, moe.experts.up_proj.weight[...])
+        every = jnp.einsum("BTEF,EFD->BTED", every, moe.experts.down_proj.weight[...])
         chosen = jnp.take_along_axis(every, jnp.asarray(index)[..., None], axis=2)
         y = (chosen * weight[..., None]).sum(axis=2) + moe.shared_experts(x)
         return jnp.sum(y * dy)
