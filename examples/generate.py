@@ -4,17 +4,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jax_mla
+from jax_mla.text import complete, load_tokenizer
 
-params, config = jax_mla.load(Path(jax_mla.__file__).parent / "demo" / "model")
-prompt = b"And it came to pass"  # the bundled model reads bytes: a byte is its own token id
-tokens = jnp.array([[config.bos_token_id, *prompt]])
+folder = Path(jax_mla.__file__).parent / "demo" / "model"
+params, config = jax_mla.load(folder)
+tokenizer = load_tokenizer(folder, config)
 
-out = jax_mla.generate(params, config, tokens, max_new_tokens=64)
-text = bytes(token for token in np.asarray(out.tokens)[0, : int(out.lengths[0])] if token < 256)
-print((prompt + text).decode(errors="replace"))
+(out,) = complete(params, config, tokenizer, ["And it came to pass"], max_new_tokens=64)
+print(out.prompt + out.text)
 
 
 @jax.jit
@@ -24,12 +23,14 @@ def next_token(params, token, cache):
 
 
 # The same by hand: the cache goes in and comes out, nothing is changed in place.
+tokens = jnp.array([tokenizer.encode(out.prompt)])
 cache = jax_mla.LatentCache.empty(config, batch=1, max_tokens=tokens.shape[1] + 64)
 logits, cache = jax_mla.prefill(params, config, tokens, cache)
 token = logits.argmax(axis=-1)
 by_hand = [int(token[0])]
-while len(by_hand) < int(out.lengths[0]):
+while len(by_hand) < len(out.tokens):
     token, cache = next_token(params, token, cache)
     by_hand.append(int(token[0]))
-same = by_hand == np.asarray(out.tokens)[0, : len(by_hand)].tolist()
-print(f"{len(by_hand)} tokens; prefill and decode_step wrote the same ones: {same}")
+print(
+    f"{len(by_hand)} tokens; prefill and decode_step wrote the same ones: {by_hand == out.tokens}"
+)

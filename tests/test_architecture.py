@@ -20,7 +20,8 @@ FLOORS = [
     {"cli"},
     {"serving"},
     {"training"},
-    {"analysis", "generation", "text"},
+    {"analysis", "text"},
+    {"generation"},
     {"checkpoint"},
     {"functional"},
     {"params"},
@@ -53,6 +54,17 @@ JAX_MLA_NAMES = {
     "SwiGLU", "bind", "decode_step", "explain_collectives", "explain_sharding", "forward",
     "forward_trace", "generate", "init", "kimi_k2", "load", "make_mesh", "param_shardings",
     "prefill", "sample", "save", "tiny", "v2", "v2_lite", "v3",
+}  # fmt: skip
+SUBPACKAGE_NAMES = {
+    "analysis": {
+        "Comparison", "ServingBytes", "TrainingBytes", "cache_bytes_per_token",
+        "compare_with_golden", "compare_with_itself", "explain_collectives", "explain_sharding",
+        "flops_per_token", "serving_bytes", "training_bytes",
+    },
+    "text": {
+        "ByteTokenizer", "Completion", "JsonTokenizer", "TextStream", "Tokenizer", "complete",
+        "continuation_text", "load_tokenizer",
+    },
 }  # fmt: skip
 
 
@@ -150,6 +162,14 @@ def test_public_names_are_frozen():
     assert public == PALLAS_KERNELS_NAMES
 
 
+@pytest.mark.parametrize("name", SUBPACKAGE_NAMES)
+def test_public_names_of_subpackages_are_frozen(name):
+    package = getattr(jax_mla, name)
+    assert set(package.__all__) == SUBPACKAGE_NAMES[name]
+    for public in package.__all__:
+        assert (getattr(package, public).__doc__ or "").strip(), f"{public} has no docstring"
+
+
 @pytest.mark.parametrize("name", sorted(JAX_MLA_NAMES))
 def test_public_name_of_jax_mla_exists(name):
     assert (getattr(jax_mla, name).__doc__ or "").strip(), f"{name} has no docstring"
@@ -171,6 +191,7 @@ def test_public_name_of_pallas_kernels_exists(name):
         "import jax_mla",
         "import jax_mla; jax_mla.DeepSeekConfig, jax_mla.v3()",
         "from jax_mla.cli.main import main",
+        "import jax_mla; jax_mla.analysis.flops_per_token, jax_mla.analysis.training_bytes",
     ],
 )
 def test_starts_without_jax(code):

@@ -47,7 +47,7 @@ def explain_collectives(compiled: jax.stages.Compiled) -> tuple[list[Collective]
         for r in rows
     ]
     total = sum(row.bytes_per_device for row in rows)
-    return rows, _align([*table, ("total", "", "", "", f"{total / 1e6:.3f}")])
+    return rows, aligned([*table, ("total", "", "", "", f"{total / 1e6:.3f}")])
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) (?:\(.*\) -> .* )?\{$")
@@ -129,11 +129,8 @@ def _sent(kind: str, size: int, group: int) -> int:
     return round((group - 1) * factor * size)
 
 
-def _text(axes: tuple[str, ...]) -> str:
-    return "+".join(axes) or "-"
-
-
-def _align(table: list[tuple[str, ...]]) -> str:
+def aligned(table: list[tuple[str, ...]]) -> str:
+    """Rows of text as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

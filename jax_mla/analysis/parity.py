@@ -1,28 +1,37 @@
-"""Compares what a model computes, tensor by tensor in the order of computation."""
+"""Parity: whether a model computes what it should, tensor by tensor in the order of computation."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 
-import jax_mla
+from jax_mla.cache.latent import LatentCache
 from jax_mla.checks.tokens import check_tokens
 from jax_mla.config.leaves import routed_layers
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.functional import decode_step, forward_trace, prefill
+from jax_mla.generation import generate
+from jax_mla.params import Params
 
 if TYPE_CHECKING:
-    from jax_mla import DeepSeekConfig
     from jax_mla.model import ForwardTrace
 
+DEFAULT_ATOL = 5e-5  # what float32 on a CPU keeps to against torch
 NUM_SELF_CHECK_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One tensor against its expected value. `error` and `bound` are in the unit of `measure`."""
+    """One tensor against its expected value.
+
+    Attributes:
+      tensor: its name, with the layer.
+      measure: what `error` and `bound` count: the largest error, or tokens that differ.
+    """
 
     tensor: str
     measure: str
@@ -31,15 +40,24 @@ class Comparison:
 
     @property
     def is_ok(self) -> bool:
-        return bool(self.error <= self.bound)  # false for NaN
+        """Whether the error is within its bound; NaN is not."""
+        return bool(self.error <= self.bound)
 
 
-def against_golden(
-    params: Any, config: DeepSeekConfig, golden: Mapping[str, np.ndarray], atol: float
+def compare_with_golden(
+    params: Params,
+    config: DeepSeekConfig,
+    golden: Mapping[str, np.ndarray],
+    *,
+    atol: float = DEFAULT_ATOL,
 ) -> list[Comparison]:
-    """Compares with the arrays that a torch reference wrote; those that are absent are left out.
+    """Compares a model with arrays that a reference wrote: the first one not `is_ok` is the fault.
+
+    Arrays that are absent are not compared. A wrong layer makes all layers after it wrong.
 
     Args:
+      params: float32, for the bound to make sense.
+      atol: largest error allowed, times a tensor's root mean square where that exceeds 1.
       golden: input_ids [B T]; logits [B T V]; hidden_states [layers + 1, B T D];
         router_idx_LAYER and router_w_LAYER [B * T, A], sorted by expert; gen_ids [B, T + new] and
         step_logits [B new V], a greedy continuation with a cache.
@@ -53,7 +71,7 @@ def against_golden(
     tokens = check_tokens(golden["input_ids"], config)
     _check_golden(golden, config, *tokens.shape)
     rows = _compare_traces(
-        jax_mla.forward_trace(params, config, tokens),
+        forward_trace(params, config, tokens),
         config,
         atol,
         hidden_states=golden.get("hidden_states"),
@@ -97,21 +115,27 @@ def _check_golden(golden: Mapping[str, np.ndarray], config: DeepSeekConfig, B: i
             raise ValueError(f"{name} has shape {wanted[name]}, the golden data {array.shape}")
 
 
-def against_itself(params: Any, config: DeepSeekConfig, atol: float, seed: int) -> list[Comparison]:
-    """Compares the expanded form with the absorbed one and with decoding token by token."""
+def compare_with_itself(
+    params: Params, config: DeepSeekConfig, *, atol: float = DEFAULT_ATOL, seed: int = 0
+) -> list[Comparison]:
+    """Compares the expanded form of attention with the absorbed one and with cached decoding.
+
+    Args:
+      params: float32, for the bound to make sense.
+      atol: as in `compare_with_golden`.
+      seed: of the random tokens, two sequences of 16.
+    """
     shape = (2, NUM_SELF_CHECK_TOKENS)
     rng = np.random.default_rng(seed)
     tokens = jnp.asarray(rng.integers(config.vocab_size, size=shape, dtype=np.int32))
-    expanded = jax_mla.forward_trace(params, config, tokens, form="expanded")
-    absorbed = jax_mla.forward_trace(params, config, tokens, form="absorbed")
+    expanded = forward_trace(params, config, tokens, form="expanded")
+    absorbed = forward_trace(params, config, tokens, form="absorbed")
     rows = _compare_traces(
         absorbed,
         config,
         atol,
         hidden_states=np.asarray(expanded.hidden_states),
-        routing={
-            layer: _sorted_routing(expanded, config, layer) for layer in routed_layers(config)
-        },
+        routing={layer: sorted_routing(expanded, config, layer) for layer in routed_layers(config)},
         logits=np.asarray(expanded.logits),
     )
     rows = [dataclasses.replace(row, tensor=f"absorbed {row.tensor}") for row in rows]
@@ -130,7 +154,7 @@ def _compare_traces(
         rows.append(_largest("embedding", trace.hidden_states[0], hidden_states[0], atol))
     for layer in range(config.num_hidden_layers):
         if layer in routing:
-            index, weight = _sorted_routing(trace, config, layer)
+            index, weight = sorted_routing(trace, config, layer)
             expected_index, expected_weight = routing[layer]
             name = f"layer {layer} experts"
             rows.append(_differing(name, "tokens that differ", index, expected_index))
@@ -155,25 +179,27 @@ def _compare_generation(params, config, tokens, golden, atol) -> list[Comparison
     if "step_logits" in golden:
         logits = _decoded_logits(params, config, tokens, new[:, :-1])
         rows.append(_largest("cached decode logits", logits, golden["step_logits"], atol))
-    out = jax_mla.generate(params, config, tokens, max_new_tokens=new.shape[1], eos_token_ids=())
+    out = generate(params, config, tokens, max_new_tokens=new.shape[1], eos_token_ids=())
     ours = np.asarray(out.tokens)
     return [*rows, _differing("greedy tokens", "sequences that differ", ours, new)]
 
 
 def _decoded_logits(params, config, prompt, continuation) -> np.ndarray:
-    """Logits behind the prompt and behind each token of the continuation, one step a token."""
+    """Logits after the prompt and after each token of the continuation, one step per token."""
     num_tokens = prompt.shape[1] + continuation.shape[1]
-    cache = jax_mla.LatentCache.empty(config, prompt.shape[0], num_tokens)
-    logits, cache = jax_mla.prefill(params, config, prompt, cache)
+    cache = LatentCache.empty(config, prompt.shape[0], num_tokens)
+    logits, cache = prefill(params, config, prompt, cache)
     steps = [logits]
     for token in continuation.T:
-        logits, cache = jax_mla.decode_step(params, config, token, cache)
+        logits, cache = decode_step(params, config, token, cache)
         steps.append(logits)
     return np.stack([np.asarray(step) for step in steps], axis=1)
 
 
-def _sorted_routing(trace: ForwardTrace, config: DeepSeekConfig, layer: int):
-    """Expert ids and weights of every token, ordered by expert: the choice is a set."""
+def sorted_routing(
+    trace: ForwardTrace, config: DeepSeekConfig, layer: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Expert ids and weights of every token, in order of expert: their order has no meaning."""
     routed = routed_layers(config)
     if trace.expert_index is None or trace.expert_weight is None or layer not in routed:
         raise ValueError(f"golden data has routing for layer {layer}, which has no router")

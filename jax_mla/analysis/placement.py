@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jax_mla.analysis.collectives import _align, _text
+from jax_mla.analysis.collectives import aligned
 from jax_mla.config.leaves import leaves_of
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params
@@ -55,14 +55,14 @@ def explain_sharding(
             row.name,
             "x".join(map(str, row.shape)),
             " ".join(axis or "-" for axis in row.logical_axes),
-            " ".join(_text(axis) for axis in row.mesh_axes),
+            " ".join(("+".join(axis) or "-") for axis in row.mesh_axes),
             f"{row.bytes_per_device / 1e6:.3f}",
             f"{row.replicated_bytes / 1e6:.3f}",
         )
         for row in rows
     ]
     table.append(("total", "", "", "", f"{total / 1e6:.3f}", f"{wasted / 1e6:.3f}"))
-    return rows, _align(table)
+    return rows, aligned(table)
 
 
 def _placed(path: Any, leaf: Any, config: DeepSeekConfig | None) -> Placed:

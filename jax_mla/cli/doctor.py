@@ -9,9 +9,17 @@ from typing import Any
 from jax_mla.cli import report
 
 PACKAGES = (
-    "jax-mla", "jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "ml_dtypes", "safetensors",
-    "optax", "tokenizers",
-)  # fmt: skip
+    "jax-mla",
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "flax",
+    "numpy",
+    "ml_dtypes",
+    "safetensors",
+    "optax",
+    "tokenizers",
+)
 INSTALL_GPU = "pip install 'jax-mla[cuda]'"
 
 
@@ -110,18 +118,38 @@ def _ops() -> dict[str, list[dict[str, Any]]]:
     attention = {"causal": True, "scale": 192**-0.5}
     calls = {
         "mla_decode": dispatch.explain(
-            "mla_decode", MLA_DECODE, q, pages, table, lengths,
-            latent_dim=512, plan=None, **attention,
+            "mla_decode",
+            MLA_DECODE,
+            q,
+            pages,
+            table,
+            lengths,
+            latent_dim=512,
+            plan=None,
+            **attention,
         ),
         "flash_attention": dispatch.explain(
-            "flash_attention", FLASH_ATTENTION, qk, qk, value,
-            segment_ids=None, lengths=None, return_lse=False, deterministic=False, **attention,
+            "flash_attention",
+            FLASH_ATTENTION,
+            qk,
+            qk,
+            value,
+            segment_ids=None,
+            lengths=None,
+            return_lse=False,
+            deterministic=False,
+            **attention,
         ),
         "grouped_matmul": dispatch.explain(
-            "grouped_matmul", GROUPED_MATMUL, rows, experts, Shape((256,), "int32"),
-            first_group=0, preferred_element_type=rows.dtype,
+            "grouped_matmul",
+            GROUPED_MATMUL,
+            rows,
+            experts,
+            Shape((256,), "int32"),
+            first_group=0,
+            preferred_element_type=rows.dtype,
         ),
-    }  # fmt: skip
+    }
     return {op: _chosen_first_that_can(reasons) for op, reasons in calls.items()}
 
 

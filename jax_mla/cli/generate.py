@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from jax_mla.checkpoint.folder import read_config
-from jax_mla.cli import completion, layout, processes, report
+from jax_mla.cli import layout, processes, report
+from jax_mla.cli.arguments import positive
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.text.tokenizer import load_tokenizer
+from jax_mla.text import complete, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", required=True, action="append", help="may be repeated")
     parser.add_argument(
-        "--max-new-tokens", type=completion.positive, default=128, metavar="N", help="default 128"
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="default 128"
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument(
-        "--top-k", type=completion.positive, metavar="K", help="sample from the K likeliest tokens"
+        "--top-k", type=positive, metavar="K", help="sample from the K likeliest tokens"
     )
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the fewest tokens of probability P"
@@ -46,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.stream and args.json:
         raise ValueError("--stream and --json exclude each other")
+    if args.stream and len(args.prompt) != 1:
+        raise ValueError(f"streaming takes one prompt, got {len(args.prompt)}")
     tokenizer = load_tokenizer(args.model, DeepSeekConfig.from_hf(read_config(args.model)))
     processes.join(args)
     mesh, rules = layout.build(args)
@@ -57,12 +61,15 @@ def run(args: argparse.Namespace) -> int:
         if processes.is_first():
             print(text, end="", flush=True)
 
-    result = completion.complete(
+    if args.stream:
+        show(args.prompt[0])
+    start = time.perf_counter()
+    completions = complete(
         params,
         config,
         tokenizer,
         args.prompt,
-        show=show if args.stream else None,
+        stream=show if args.stream else None,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -71,21 +78,23 @@ def run(args: argparse.Namespace) -> int:
         key=args.seed,
         rules=rules,
     )
+    seconds = time.perf_counter() - start
+    num_tokens = sum(len(one.tokens) for one in completions)
     if not processes.is_first():
         return 0
     if args.json:
         results = {
-            "completions": [vars(one) for one in result.completions],
-            "seconds": result.seconds,
-            "tokens_per_second": result.tokens_per_second,
+            "completions": [report.completion(one) for one in completions],
+            "seconds": seconds,
+            "tokens_per_second": num_tokens / seconds,
         }
         report.print_json(results)
         return 0
     if args.stream:
         print()
     else:
-        print("\n\n".join(one.prompt + one.text for one in result.completions))
+        print("\n\n".join(one.prompt + one.text for one in completions))
     if sys.stderr.isatty():
-        speed = f"{result.seconds:.1f} s, {result.tokens_per_second:,.1f} tokens/s"
-        print(f"{result.num_tokens} tokens in {speed}, compilation included", file=sys.stderr)
+        speed = f"{seconds:.1f} s, {num_tokens / seconds:,.1f} tokens/s"
+        print(f"{num_tokens} tokens in {speed}, compilation included", file=sys.stderr)
     return 0

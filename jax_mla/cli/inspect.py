@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_mla.analysis import cache_bytes_per_token
 from jax_mla.checkpoint.folder import open_folder
 from jax_mla.checkpoint.matching import match
 from jax_mla.checkpoint.safetensors_file import StoredTensor
 from jax_mla.cli import report
-from jax_mla.cli.cache_size import cache_bytes_per_token
 from jax_mla.config.leaf_types import PARTS
 from jax_mla.config.leaves import leaves_of
 from jax_mla.config.model import DeepSeekConfig
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(config: DeepSeekConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """Parameters, bytes by part and dtype, active parameters and cache bytes a token.
+    """Parameters, bytes by part and dtype, active parameters and cache bytes per token.
 
     Layers of multi-token prediction are a part of their own and in no total but that of the bytes.
     A token is computed with all parameters except the embedding table, of which it takes one row
@@ -123,8 +123,8 @@ def _print(folder: Path, results: dict[str, Any]) -> None:
         title += " (multi-token prediction is not loaded, and not in the sum of parameters)"
     report.print_table(title, ["part", "parameters", "bytes", "dtypes"], rows)
     cache = results["cache_bytes_per_token"]
-    print(f"active parameters a token: {report.count(parameters['active_per_token'])}")
+    print(f"active parameters per token: {report.count(parameters['active_per_token'])}")
     print(
-        f"cache: {cache['latent']:,} bytes a token in {cache['dtype']}; multi-head attention with "
-        f"the same heads needs {cache['mha']:,}, {cache['ratio']:.1f} times as much"
+        f"cache: {cache['latent']:,} bytes per token in {cache['dtype']}; multi-head attention "
+        f"with the same heads needs {cache['mha']:,}, {cache['ratio']:.1f} times as much"
     )

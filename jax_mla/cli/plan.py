@@ -3,22 +3,17 @@
 import argparse
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
-from jax_mla import config as presets
 from jax_mla.analysis.memory import (
     RECIPES,
     serving_bytes,
     training_bytes,
 )
-from jax_mla.checkpoint.folder import read_json
 from jax_mla.cli import report
-from jax_mla.cli.completion import positive
+from jax_mla.cli.arguments import CONFIG_HELP, config_named, number_above_0, positive
 from jax_mla.cli.layout import mesh_axes
-from jax_mla.config.model import DeepSeekConfig
 
-PRESETS = ("tiny", "v2_lite", "v2", "v3", "kimi_k2")
 EPILOG = """
 Bytes are those of one device. Activations, what the compiler needs beside them, and layers of
 multi-token prediction are not in any of them: a plan that fits barely does not fit.
@@ -27,10 +22,7 @@ multi-token prediction are not in any of them: a plan that fits barely does not 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument(
-        "config", metavar="CONFIG",
-        help=f"{', '.join(PRESETS)}, a config.json, or a folder that has one",
-    )  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
     parser.add_argument(
         "--mesh",
         type=mesh_axes,
@@ -39,14 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="data=8; one device without",
     )
     parser.add_argument(
-        "--train", action="store_true",
+        "--train",
+        action="store_true",
         help="weights, gradients and optimizer state instead of weights and cache",
-    )  # fmt: skip
-    parser.add_argument("--memory-gib", type=_gib, metavar="GIB", help="of a device: what fits?")
+    )
     parser.add_argument(
-        "--param-dtype", choices=("float32", "bfloat16"), default="float32",
+        "--memory-gib", type=number_above_0, metavar="GIB", help="of a device: what fits?"
+    )
+    parser.add_argument(
+        "--param-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
         help="training: of weights and moments; gradients are float32",
-    )  # fmt: skip
+    )
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="training")
     parser.add_argument(
         "--batch", type=positive, default=1, help="serving: sequences at a time, on all devices"
@@ -55,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(args.config)
+    config = config_named(args.config)
     memory = None if args.memory_gib is None else int(args.memory_gib * 2**30)
     recipes = [name for name in RECIPES if _splits(name, args.mesh, args.train)]
     rows = (_training if args.train else _serving)(config, args, recipes, memory)
@@ -112,23 +109,3 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if name in ("sequences", "context_tokens") else report.size(value)
-
-
-def _config(word: str) -> DeepSeekConfig:
-    if word in PRESETS:
-        return getattr(presets, word)()
-    path = Path(word)
-    if not path.exists():
-        raise FileNotFoundError(f"{word} is missing, and no preset: {', '.join(PRESETS)}")
-    return DeepSeekConfig.from_hf(read_json(path / "config.json" if path.is_dir() else path))
-
-
-def _gib(word: str) -> float:
-    """An argparse type: a finite number above 0."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {word!r}")
-    return value

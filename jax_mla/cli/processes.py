@@ -2,7 +2,7 @@
 
 import argparse
 
-from jax_mla.cli.completion import positive
+from jax_mla.cli.arguments import address, natural, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,14 +12,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prints, and writes what is written once.",
     )
     group.add_argument(
-        "--distributed", action="store_true",
+        "--distributed",
+        action="store_true",
         help="SLURM, Kubernetes or Open MPI started the processes, and JAX asks them for the rest",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--coordinator", type=_address, metavar="HOST:PORT",
+        "--coordinator",
+        type=address,
+        metavar="HOST:PORT",
         help="where none of them did: the address at which the first process is to listen",
-    )  # fmt: skip
-    group.add_argument("--process-id", type=_natural, metavar="I", help="from 0 on")
+    )
+    group.add_argument("--process-id", type=natural, metavar="I", help="from 0 on")
     group.add_argument("--num-processes", type=positive, metavar="N")
 
 
@@ -70,18 +73,3 @@ def is_first() -> bool:
     import jax
 
     return jax.process_index() == 0
-
-
-def _address(word: str) -> str:
-    """An argparse type: `host:1234`."""
-    host, _, port = word.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise argparse.ArgumentTypeError(f"must be HOST:PORT, got {word!r}")
-    return word
-
-
-def _natural(word: str) -> int:
-    """An argparse type: an integer of at least 0."""
-    if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {word!r}")
-    return int(word)

@@ -4,12 +4,25 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax_mla.text import Completion
 
 
 def print_json(report: dict[str, Any]) -> None:
     """One indented JSON object on stdout. JSON has no NaN and no infinity: they are null."""
     print(json.dumps(_finite(report), indent=2, allow_nan=False))
+
+
+def completion(one: "Completion") -> dict[str, Any]:
+    """A completion as `print_json` takes it: texts, and counts instead of ids."""
+    return {
+        "prompt": one.prompt,
+        "text": one.text,
+        "num_prompt_tokens": len(one.prompt_tokens),
+        "num_tokens": len(one.tokens),
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -1,90 +1,20 @@
-"""`jax-mla train`: trains a model on files of text or tokens, and goes on where it was stopped."""
+"""`jax-mla train`: trains a model on files of text or tokens, and resumes where it was stopped."""
 
 import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jax_mla.checkpoint.folder import open_folder, read_config
 from jax_mla.cli import layout, processes, report
-from jax_mla.cli.completion import positive
+from jax_mla.cli.arguments import config_folder, config_named
+from jax_mla.cli.train_flags import add_arguments, recipe_of
 from jax_mla.cli.train_progress import Metrics
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.config.presets import tiny
+from jax_mla.text import ByteTokenizer, load_tokenizer
 
-if TYPE_CHECKING:
-    from jax_mla.training import Recipe
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--config", metavar="FILE", help="config.json of a new model, or `tiny`")
-    model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder to start from")
-    parser.add_argument(
-        "--data", type=Path, nargs="+", required=True, metavar="PATH",
-        help="text files, or .npy files of uint16 or uint32 token ids",
-    )  # fmt: skip
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of a tokenizer.json")
-    parser.add_argument(
-        "--separate-documents", action="store_true", help="tokens see their own document only"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="checkpoints, metrics, the model"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole step")
-    parser.add_argument(
-        "--steps", type=positive, required=True, help="of the whole run, and of its schedule"
-    )
-    parser.add_argument("--batch", type=positive, required=True, help="rows of a step")
-    parser.add_argument("--seq", type=positive, required=True, help="tokens of a row")
-    parser.add_argument(
-        "--micro-batches", type=positive, default=1, metavar="N",
-        help="parts of a batch that are computed one after the other (1)",
-    )  # fmt: skip
-    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate (3e-4)")
-    parser.add_argument("--final-lr", type=float, default=0.0, help="of the last step (0)")
-    parser.add_argument(
-        "--schedule", choices=("cosine", "wsd"), default="cosine",
-        help="how the rate falls: along a cosine (default), or in the last steps only",
-    )  # fmt: skip
-    parser.add_argument("--warmup", type=int, metavar="STEPS", help="1 %% of the steps without it")
-    parser.add_argument("--decay", type=int, metavar="STEPS", help="of wsd; 20 %% without it")
-    parser.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw",
-        help="adamw (default), or muon for matrices and adamw for the rest",
-    )  # fmt: skip
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (0.1)")
-    parser.add_argument("--z-loss", type=float, default=0.0, help="its factor (0)")
-    parser.add_argument("--balance-loss", type=float, default=0.0, help="its factor (0)")
-    parser.add_argument("--router-bias-rate", type=float, default=1e-3, help="a step (1e-3)")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16",
-        help="of the computation; weights and their optimizer stay float32",
-    )  # fmt: skip
-    parser.add_argument(
-        "--remat", choices=("none", "dots", "full"), default="none",
-        help="what the backward pass computes again: nothing (default), all but matmuls, blocks",
-    )  # fmt: skip
-    parser.add_argument(
-        "--deterministic", action="store_true",
-        help="attention's gradients are the same bits every time, also on Hopper GPUs",
-    )  # fmt: skip
-    layout.add_arguments(parser, has_stages=True)
-    parser.add_argument(
-        "--pipeline", choices=("1f1b", "gpipe"),
-        help="in which order the stages of --mesh stage=N take the micro-batches (1f1b)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order of rows (0)")
-    parser.add_argument(
-        "--save-every", type=positive, default=1000, metavar="STEPS", help="default 1000"
-    )
-    parser.add_argument("--keep", type=positive, default=3, help="saved steps to keep (3)")
-    parser.add_argument(
-        "--export-dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the model that a finished run leaves; its router's bias stays float32",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    processes.add_arguments(parser)
+__all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     from jax_mla.training import Checkpoints, TokenRows, read_tokens, train
 
-    recipe, schedule, config = _recipe(args), _schedule(args, mesh), _config(args)
+    recipe, schedule, config = recipe_of(args), _schedule(args, mesh), _config(args)
     tokenizer = _tokenizer(args, config)
     data = TokenRows(
         [read_tokens(path, config, tokenizer) for path in args.data],
@@ -116,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             recipe,
             data,
             seed=args.seed,
-            params=_loader(args.model, mesh),
+            params=params_loader(args.model, mesh),
             mesh=mesh,
             rules=rules,
             pipeline_schedule=schedule,
@@ -183,30 +113,8 @@ class Signals:
         print(f"{self.name}: saves and exits after this step; once more: at once", file=sys.stderr)
 
 
-def _recipe(args: argparse.Namespace) -> "Recipe":
-    from jax_mla.training import Precision, Recipe
-
-    return Recipe(
-        num_steps=args.steps,
-        optimizer=args.optimizer,
-        schedule=args.schedule,
-        learning_rate=args.lr,
-        final_learning_rate=args.final_lr,
-        warmup_steps=args.warmup,
-        decay_steps=args.decay,
-        weight_decay=args.weight_decay,
-        z_loss=args.z_loss,
-        balance_loss=args.balance_loss,
-        router_bias_rate=args.router_bias_rate,
-        num_micro_batches=args.micro_batches,
-        remat=args.remat,
-        deterministic=args.deterministic,
-        precision=Precision(compute=args.dtype),
-    )
-
-
-def _loader(folder: Path | None, mesh: Any) -> Any:
-    """What reads the weights of --model, for a run that begins; None without it."""
+def params_loader(folder: Path | None, mesh: Any) -> Any:
+    """A function that reads the weights of --model, for a new run; None without the flag."""
     if folder is None:
         return None
     import jax_mla
@@ -226,28 +134,25 @@ def _schedule(args: argparse.Namespace, mesh: Any) -> Any:
 
 
 def _config(args: argparse.Namespace) -> DeepSeekConfig:
-    from jax_mla.checkpoint.folder import open_folder, read_config, read_json
-
-    if args.model is not None:
-        # Weights that are missing are missed before the data are read, and not where a run resumes.
-        found = read_config(args.model) if args.resume else open_folder(args.model).config
-        return DeepSeekConfig.from_hf(found)
-    if args.config == "tiny":
-        return tiny()
-    if not (file := Path(args.config)).is_file():
-        raise FileNotFoundError(f"--config takes a config.json or `tiny`, and {file} is no file")
-    return DeepSeekConfig.from_hf(read_json(file))
+    if args.model is None:
+        return config_named(args.config)
+    if not args.resume:
+        # Opened now so that missing weights fail before the data are read; a resumed run does not
+        # need them.
+        open_folder(args.model)
+    return DeepSeekConfig.from_hf(read_config(args.model))
 
 
 def _tokenizer(args: argparse.Namespace, config: DeepSeekConfig) -> Any:
-    """The tokenizer of the given folder, or that of the model; None where all data are tokens."""
-    from jax_mla.text.tokenizer import ByteTokenizer, load_tokenizer
-
+    """That of --tokenizer, or of the model's folder; None where all data are tokens."""
     if all(path.suffix == ".npy" for path in args.data):
         return None
     if args.config == "tiny" and args.tokenizer is None:
         return ByteTokenizer()
-    return load_tokenizer(args.tokenizer or args.model or Path(args.config).parent, config)
+    folder = args.tokenizer or args.model or config_folder(args.config)
+    if folder is None:
+        raise ValueError(f"--config {args.config} brings no tokenizer: text needs --tokenizer DIR")
+    return load_tokenizer(folder, config)
 
 
 def _separator(args: argparse.Namespace, config: DeepSeekConfig) -> int | None:
@@ -269,4 +174,4 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
     if summary["model"]:
         print(f"model: {summary['model']}")
     else:
-        print(f"saved in {summary['checkpoints']}; --resume goes on from there")
+        print(f"saved in {summary['checkpoints']}; --resume continues from there")

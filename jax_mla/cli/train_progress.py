@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from jax_mla.training import StepReport
 
-_NUM_LINES = 20  # of a run whose output is no terminal
+_NUM_LINES = 20  # per run, where the output is not a terminal
 
 
 class Metrics:
     """Writes every step to `file`, and shows it: a bar on a terminal, some lines elsewhere.
 
-    A resumed run takes the lines of steps that it computes again out of the file. Of several
-    processes the first one writes.
+    A resumed run removes the lines of the steps that it computes again from the file. Of several
+    processes only the first one writes.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.live.transient = not self._rows  # a run that was refused leaves no bar
+            self._bar.live.transient = not self._rows  # a refused run leaves no bar
             self._bar.stop()
         if self._file is not None:
             self._file.close()
@@ -85,9 +85,8 @@ class Metrics:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) < first_step]
-        partial = self._path.with_name(
-            f".{self._path.name}.partial"
-        )  # so that a kill loses no rows
+        # A file of its own until it is whole, so that a kill loses no rows.
+        partial = self._path.with_name(f".{self._path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in kept))
         partial.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
@@ -111,7 +110,7 @@ def _peak_flops() -> float | None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a line that a kill has cut off belongs to no step that is kept."""
+    """The step of a line; infinity for a line that a kill left incomplete, which is not kept."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

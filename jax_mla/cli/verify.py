@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
-import math
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from jax_mla.cli import report
+from jax_mla.cli.arguments import number_from_0
 
 EPILOG = """
 With --golden, the folder's model in float32 is compared with what a reference wrote into an .npz
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--golden", type=Path, metavar="FILE.npz", help="arrays of a reference")
     parser.add_argument(
         "--atol",
-        type=_tolerance,
+        type=number_from_0,
         default=5e-5,
         help="largest error allowed, times a tensor's root mean square where that exceeds 1 "
         "(default 5e-5)",
@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import jax_mla
-    from jax_mla.analysis import parity
+    from jax_mla.analysis import compare_with_golden, compare_with_itself
 
     golden = None if args.golden is None else _read_golden(args.golden)
     params, config = jax_mla.load(args.folder, dtype="float32")
     if golden is None:
-        rows = parity.against_itself(params, config, args.atol, args.seed)
+        rows = compare_with_itself(params, config, atol=args.atol, seed=args.seed)
     else:
-        rows = parity.against_golden(params, config, golden, args.atol)
+        rows = compare_with_golden(params, config, golden, atol=args.atol)
     first = next((row.tensor for row in rows if not row.is_ok), None)
     if args.json:
         comparisons = [dataclasses.asdict(row) | {"is_ok": row.is_ok} for row in rows]
@@ -53,24 +53,18 @@ def run(args: argparse.Namespace) -> int:
             f"{args.folder} against {against}",
             ["tensor", "error", "bound", "", ""],
             [
-                [row.tensor, f"{row.error:.3g}", f"{row.bound:.3g}", row.measure,
-                 "ok" if row.is_ok else "DEVIATES"]
+                [
+                    row.tensor,
+                    f"{row.error:.3g}",
+                    f"{row.bound:.3g}",
+                    row.measure,
+                    "ok" if row.is_ok else "DEVIATES",
+                ]
                 for row in rows
             ],
-        )  # fmt: skip
+        )
         print("everything agrees" if first is None else f"the first to deviate: {first}")
     return 0 if first is None else 1
-
-
-def _tolerance(word: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {word!r}")
-    return value
 
 
 def _read_golden(file: Path) -> dict[str, Any]:

@@ -12,6 +12,17 @@ import dataclasses
 
 from jax_mla.sharding.rules import ShardingRules
 
+# In the order of --help.
+__all__ = (
+    "context_parallel",
+    "ddp",
+    "dp_attention_ep",
+    "tensor_parallel",
+    "zero1",
+    "zero2",
+    "zero3",
+)
+
 _REPLICATED = ShardingRules(
     vocab=None, embed=None, heads=None, latent=None, mlp=None, expert=None, sequence=None
 )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.text.tokenizer import Tokenizer
+from jax_mla.text import Tokenizer
 from jax_mla.training.batch import Batch
 
 _FINGERPRINT_BYTES = 1 << 20

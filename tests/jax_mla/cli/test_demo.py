@@ -43,4 +43,4 @@ def test_cache_is_smaller_than_that_of_multi_head_attention(shown):
 def test_text_output(capsys):
     assert main(["demo", "--max-new-tokens", "8"]) == 0
     out = capsys.readouterr().out
-    assert "tokens/s on " in out and "bytes a token; multi-head attention" in out
+    assert "tokens/s on " in out and "bytes per token; multi-head attention" in out

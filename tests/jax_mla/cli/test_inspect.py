@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import jax_mla
+from jax_mla.analysis import cache_bytes_per_token
 from jax_mla.checkpoint.published import published
 from jax_mla.checkpoint.safetensors_file import StoredTensor
-from jax_mla.cli.cache_size import cache_bytes_per_token
 from jax_mla.cli.inspect import part_of, summary
 from jax_mla.cli.main import main
 from jax_mla.config.leaves import leaves_of
@@ -151,7 +151,7 @@ def test_tensors_of_another_config_are_named(tmp_path, capsys):
 def test_text_names_every_part(capsys):
     assert main(["inspect", str(GOLDEN / "v3_fp8")]) == 0
     out = capsys.readouterr().out
-    for words in ("routed experts", "F8_E4M3", "active parameters a token", "kv_lora_rank"):
+    for words in ("routed experts", "F8_E4M3", "active parameters per token", "kv_lora_rank"):
         assert words in out
 
 

@@ -15,10 +15,11 @@ import pytest
 
 import jax_mla
 from jax_mla.analysis.flops import flops_per_token
-from jax_mla.cli import layout
+from jax_mla.cli.arguments import config_folder, config_named
 from jax_mla.cli.layout import mesh_axes
 from jax_mla.cli.main import main
-from jax_mla.cli.train import Signals, _loader, _recipe, add_arguments
+from jax_mla.cli.train import Signals, params_loader
+from jax_mla.cli.train_flags import add_arguments, recipe_of
 
 
 @pytest.fixture
@@ -71,9 +72,19 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(small, tmp_path, capsys):
     )
 
 
+def test_a_config_is_a_preset_a_file_or_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(jax_mla.v2_lite().to_hf()))
+    assert config_named("v3") == jax_mla.v3() and config_folder("v3") is None
+    for word in (tmp_path, tmp_path / "config.json"):
+        assert config_named(str(word)) == jax_mla.v2_lite()
+        assert config_folder(str(word)) == tmp_path
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--config v2_lite", "--config v2_lite brings no tokenizer: text needs --tokenizer DIR"),
+        ("--config v4", "v4 is missing, and no preset: tiny, v2_lite, v2, v3, kimi_k2"),
         ("--rules zero3", "--rules zero3 splits over a mesh, and there is no --mesh"),
         ("--mesh data=16", "a mesh of data=16 needs 16 devices, found 8"),
         ("--mesh data=4", "2 rows of a micro-batch cannot be divided over 4 devices"),
@@ -97,9 +108,9 @@ def test_weights_are_read_where_the_state_will_lie(tmp_path):
     config = dataclasses.replace(jax_mla.tiny(), num_hidden_layers=1)
     params = jax_mla.init(jax.random.key(0), config)
     jax_mla.save(tmp_path / "model", params, config)
-    assert _loader(None, None) is None
+    assert params_loader(None, None) is None
     mesh = jax_mla.make_mesh(stage=2)
-    placed = _loader(tmp_path / "model", mesh)(jax_mla.ShardingRules(embed=("fsdp", "stage")))
+    placed = params_loader(tmp_path / "model", mesh)(jax_mla.ShardingRules(embed=("fsdp", "stage")))
     assert placed["lm_head"]["weight"].sharding.shard_shape((192, 320)) == (96, 320)
     jax.tree.map(np.testing.assert_array_equal, placed, params)
 
@@ -141,7 +152,7 @@ def test_bad_mesh_axes_are_refused(small, capsys, word):
 
 def test_rules_are_those_that_are_published():
     published = {n for n, v in vars(jax_mla.sharding.layouts).items() if inspect.isfunction(v)}
-    assert set(layout.RULES) == published
+    assert set(jax_mla.sharding.layouts.__all__) == published
 
 
 def test_mesh_axes():
@@ -165,10 +176,10 @@ def test_a_signal_is_noticed_and_the_second_obeyed(number, capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["--deterministic"]], ids=["default", "deterministic"])
-def test_deterministic_is_a_choice_of_the_recipe(small, words):
+def test_deterministic_is_a_choice_of_therecipe_of(small, words):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert _recipe(parser.parse_args([*small[1:], *words])).deterministic == bool(words)
+    assert recipe_of(parser.parse_args([*small[1:], *words])).deterministic == bool(words)
 
 
 def test_a_terminal_sees_a_bar(small, monkeypatch, capsys):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jax_mla
-from jax_mla.analysis import parity
+from jax_mla.analysis import compare_with_golden
+from jax_mla.analysis.parity import sorted_routing
 from jax_mla.cli.main import main
 
 FOLDER = Path(__file__).resolve().parents[2] / "golden/v3"
@@ -77,7 +78,7 @@ def test_agrees_with_itself(capsys):
 )
 def test_one_wrong_number_is_found_and_named(key, at, named, model, golden):
     golden[key][at] += 1 if golden[key].dtype.kind == "i" else 1e-3
-    assert deviating(parity.against_golden(*model, golden, ATOL)) == [named]
+    assert deviating(compare_with_golden(*model, golden)) == [named]
 
 
 def test_wrong_weights_name_the_first_layer_they_reach(model, golden):
@@ -88,18 +89,18 @@ def test_wrong_weights_name_the_first_layer_they_reach(model, golden):
         "moe_layers": params["moe_layers"]
         | {"self_attn": attention | {"o_proj": {"weight": o_proj}}}
     }
-    assert deviating(parity.against_golden(wrong, config, golden, ATOL))[0].startswith("layer 2")
+    assert deviating(compare_with_golden(wrong, config, golden))[0].startswith("layer 2")
 
 
 def test_nan_is_a_deviation(model, golden):
     golden["logits"][0, 0, 0] = np.nan
-    assert deviating(parity.against_golden(*model, golden, ATOL)) == ["logits"]
+    assert deviating(compare_with_golden(*model, golden)) == ["logits"]
 
 
 def test_order_of_the_experts_does_not_matter(model, golden):
     config = model[1]
     trace = jax_mla.forward_trace(model[0], config, jnp.asarray(golden["input_ids"], jnp.int32))
-    index, weight = parity._sorted_routing(trace, config, 1)
+    index, weight = sorted_routing(trace, config, 1)
     np.testing.assert_array_equal(index, golden["router_idx_1"])
     np.testing.assert_allclose(weight, golden["router_w_1"], atol=ATOL)
 
@@ -149,7 +150,7 @@ UNUSABLE = {
 def test_unusable_golden_data(case, model):
     content, message = UNUSABLE[case]
     with pytest.raises(ValueError, match=message):
-        parity.against_golden(*model, content, ATOL)
+        compare_with_golden(*model, content)
 
 
 def test_json_has_null_for_nan(tmp_path, golden, capsys):

@@ -1,4 +1,4 @@
-"""Text to ids and back; streamed text equals text decoded at once."""
+"""Text to ids and back: what a folder says, and nothing truncated or padded."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_mla
-from jax_mla.text.tokenizer import ByteTokenizer, JsonTokenizer, TextStream, load_tokenizer
+from jax_mla.text import ByteTokenizer, JsonTokenizer, load_tokenizer
 
 LINE = "Über 北京 and 🙂🙃 we fly. e\u0301"
 
@@ -25,11 +25,6 @@ def published(tmp_path):
     return tmp_path
 
 
-def streamed(tokenizer, ids) -> list[str]:
-    stream = TextStream(tokenizer)
-    return [*(stream.feed(token) for token in ids), stream.end()]
-
-
 @given(st.text())
 def test_bytes_round_trip(text):
     text = text.encode("utf-8", "replace").decode()
@@ -38,36 +33,11 @@ def test_bytes_round_trip(text):
     assert ByteTokenizer().decode(ids) == text
 
 
-@given(st.text())
-def test_stream_of_bytes_is_the_text_and_never_shows_half_a_character(text):
-    text = text.encode("utf-8", "replace").decode()
-    pieces = streamed(ByteTokenizer(), ByteTokenizer().encode(text))
-    assert "".join(pieces) == text
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-
-
-@given(st.lists(st.integers(0, 319)))
-def test_stream_of_any_ids_equals_decoding_at_once(ids):
-    assert "".join(streamed(ByteTokenizer(), ids)) == ByteTokenizer().decode(ids)
-
-
-def test_stream_shows_a_character_when_its_last_byte_arrives():
-    assert streamed(ByteTokenizer(), list("a🙂b".encode())) == ["a", "", "", "", "🙂", "b", ""]
-
-
-def test_stream_ends_with_what_is_incomplete():
-    assert streamed(ByteTokenizer(), list("🙂".encode())[:3]) == ["", "", "", "\ufffd"]
-
-
-def test_stream_of_a_published_tokenizer(published):
+def test_published_tokenizer_round_trips(published):
     tokenizer = load_tokenizer(published, jax_mla.v2_lite())
     assert isinstance(tokenizer, JsonTokenizer)
     text = f"we fly 喜 {LINE}"  # a character that was not in the training text
-    ids = tokenizer.encode(text)
-    pieces = streamed(tokenizer, ids)
-    assert "".join(pieces) == tokenizer.decode(ids) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert "" in pieces[:-1], "the new character takes several tokens"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -103,3 +73,37 @@ def test_missing_package_is_one_sentence(published, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'jax-mla\[hf\]'"):
         load_tokenizer(published, jax_mla.v2_lite())
+
+
+@pytest.mark.parametrize("direction", ["left", "right"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
+def test_stored_truncation_and_padding_are_not_obeyed(kind, direction, files, tmp_path):
+    """A file saved after training another model: 4 tokens at most, or 64 at least."""
+    wanted = JsonTokenizer(files[kind]).encode("wrote words " * 20)
+    assert len(wanted) > 64
+    backend = tokenizers.Tokenizer.from_file(str(files[kind]))
+    backend.enable_truncation(4, direction=direction)
+    backend.enable_padding(length=64, pad_id=1, direction=direction)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, jax_mla.v2_lite())
+    assert tokenizer.encode("wrote words " * 20) == wanted
+    short = tokenizer.encode("wrote")
+    assert short == JsonTokenizer(files[kind]).encode("wrote") and len(short) < 64
+
+
+def test_path_may_be_text(files):
+    path = files["byte_level"]
+    assert JsonTokenizer(str(path)).encode("a") == JsonTokenizer(path, None).encode("a")
+    assert isinstance(load_tokenizer(str(path.parent), jax_mla.tiny()), ByteTokenizer)
+
+
+def test_template_surrounds_every_prompt(files):
+    tokenizer = JsonTokenizer(files["byte_level"], "<s>user: {prompt}</s>")
+    plain = JsonTokenizer(files["byte_level"])
+    assert tokenizer.encode("{a} b") == [0, *plain.encode("user: {a} b"), 1]
+
+
+@pytest.mark.parametrize("template", ["", "no place", "{prompt}{prompt}", 7])
+def test_a_template_has_one_place_for_the_prompt(template, files):
+    with pytest.raises(ValueError, match=r"template must have one {prompt}, got "):
+        JsonTokenizer(files["byte_level"], template)
