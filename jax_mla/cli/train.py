@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax_mla.checkpoint.folder import open_folder, read_config
 from jax_mla.cli import layout, processes, report
@@ -13,6 +13,9 @@ from jax_mla.cli.train_flags import add_arguments, recipe_of
 from jax_mla.cli.train_progress import Metrics
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.text import ByteTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from jax_mla.training import TokenRows
 
 __all__ = ["add_arguments", "run"]
 
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             checkpoints=checkpoints,
             save_every=args.save_every,
             resume=args.resume,
+            on_begin=lambda _: metrics.say(coverage(data, args.steps)),
             on_step=metrics.add,
             on_notice=metrics.notice,
             should_stop=signals.came,
@@ -63,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
         "step": int(result.state.step),
         "skipped_steps": int(result.state.num_skipped),
         **metrics.summary(),
+        "data": {
+            "files": len(data.files),
+            "tokens": data.total_tokens,
+            "seen": data.seen_tokens(args.steps),
+        },
         "checkpoints": str(args.out / "checkpoints"),
         "model": None,
         "device": jax.devices()[0].device_kind,
@@ -72,6 +81,14 @@ def run(args: argparse.Namespace) -> int:
     if processes.is_first():
         _print(summary, args.json)
     return 0
+
+
+def coverage(data: "TokenRows", num_steps: int) -> str:
+    """One line on how many tokens of how many a run sees, and how often."""
+    seen, passes = data.seen_tokens(num_steps), num_steps * data.batch_rows / data.num_rows
+    often = f", {passes:,.1f} times" if passes > 1 else ""
+    files = "1 file" if len(data.files) == 1 else f"{len(data.files):,} files"
+    return f"data: {data.total_tokens:,} tokens in {files}; this run sees {seen:,} of them{often}"
 
 
 def _export(params: Any, config: DeepSeekConfig, args: argparse.Namespace, step: int) -> str:

@@ -35,7 +35,8 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="text files, or .npy files of uint16 or uint32 token ids",
+        help="text files, or .npy files of uint16 or uint32 token ids; files shorter than a row "
+        "share one, and tokens see their own file only",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of a tokenizer.json")
     parser.add_argument(

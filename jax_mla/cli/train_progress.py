@@ -65,6 +65,15 @@ class Metrics:
         elif not self._is_quiet and self._is_shown(step.step):
             print(f"step {step.step:>{len(str(self._num_steps))}}  {_text(row)}", flush=True)
 
+    def say(self, text: str) -> None:
+        """Shows a line where the steps are shown, above the bar or the lines."""
+        if not self._is_first_process or self._is_quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
     def notice(self, text: str) -> None:
         if self._is_first_process:
             print(text, file=sys.stderr, flush=True)

@@ -82,6 +82,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     save_every: int = 1000,
     resume: bool = False,
+    on_begin: Callable[[int], None] = lambda step: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_notice: Callable[[str], None] = print,
     should_stop: Callable[[], bool] = lambda: False,
@@ -103,6 +104,8 @@ def train(
       checkpoints: where to save every `save_every` steps and at the end; None does not save.
       resume: goes on from the newest whole step of `checkpoints`, on any mesh; begins anew where
         there is none.
+      on_begin: is called once, with the steps that are done, when everything was checked and the
+        first step is about to be computed.
       on_step: is called once for every step, while the next one is computed.
       on_notice: is told from where a run resumes, and of steps that were damaged.
       should_stop: asked after every step; True in any process saves and returns.
@@ -121,6 +124,7 @@ def train(
     if state is None:
         state = _begun(steps, seed, params)
     step, reason = int(state.step), "finished"
+    on_begin(step)
     state = steps.split(state)
     progress = _Progress(step, record, data.batch_tokens, checkpoints, on_step)
     while step < recipe.num_steps:

@@ -18,8 +18,9 @@ from jax_mla.analysis.flops import flops_per_token
 from jax_mla.cli.arguments import config_folder, config_named
 from jax_mla.cli.layout import mesh_axes
 from jax_mla.cli.main import main
-from jax_mla.cli.train import Signals, params_loader
+from jax_mla.cli.train import Signals, coverage, params_loader
 from jax_mla.cli.train_flags import add_arguments, recipe_of
+from jax_mla.training import TokenRows
 
 
 @pytest.fixture
@@ -72,6 +73,28 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(small, tmp_path, capsys):
     )
 
 
+def test_the_run_says_how_many_tokens_of_how_many_it_sees(small, tmp_path, capsys):
+    """201 files, all but one shorter than a row: none is left out."""
+    paths = [tmp_path / f"{i}.txt" for i in range(200)]
+    for path in paths:
+        path.write_text("word")  # with its begin and end: 6 tokens
+    assert main([*small, "--data", str(tmp_path / "text.txt"), *map(str, paths)]) == 0
+    out, err = capsys.readouterr()
+    # 6 rows of 15 new tokens, and the first token of each row that does not follow another.
+    line = "data: 1,822 tokens in 201 files; this run sees "
+    assert err == "" and out.startswith(line) and 90 < int(out[len(line) :].split()[0]) <= 96
+    words = [*small, "--out", str(tmp_path / "more"), "--steps", "4", "--json"]
+    assert main([*words, "--data", *map(str, paths[:20])]) == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert data == {"files": 20, "tokens": 120, "seen": 7 * 15 + 1}
+
+
+def test_coverage_says_how_often():
+    data = TokenRows([np.arange(31)], batch_rows=2, row_tokens=11, vocab_size=31)
+    assert coverage(data, 1) == "data: 31 tokens in 1 file; this run sees 21 of them"
+    assert coverage(data, 6) == "data: 31 tokens in 1 file; this run sees 31 of them, 4.0 times"
+
+
 def test_a_config_is_a_preset_a_file_or_a_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(jax_mla.v2_lite().to_hf()))
     assert config_named("v3") == jax_mla.v3() and config_folder("v3") is None
@@ -92,7 +115,7 @@ def test_a_config_is_a_preset_a_file_or_a_folder(tmp_path):
         ("--pipeline gpipe", "--pipeline gpipe orders stages, and --mesh names none"),
         ("--pipeline 1f1b --mesh data=2", "--pipeline 1f1b orders stages, and --mesh names none"),
         ("--mesh stage=2", "2 stages need as many layers, the config has 1"),
-        ("--seq 10000", "the longest file has 622 tokens, a row needs 10000"),
+        ("--seq 10000", "a row needs 10000 tokens, all files together have 622"),
         ("--data none.txt", "none.txt is not a file"),
         ("--lr -1", "learning_rate must be a finite number of at least 0, got -1.0"),
         ("--warmup 9", "warmup_steps=9 do not fit into num_steps=3"),
