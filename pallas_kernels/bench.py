@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, hardware, timing
+from pallas_kernels.accuracy import BOUNDS, WORST, errors
 
 OPS = ("mla_decode", "flash_attention", "grouped_matmul")
-BOUNDS = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}  # RMS error relative to RMS
-WORST_ROW = 10  # times that: one wrong row would be lost among thousands
 NAME = 75  # columns of a workload's name
 COLUMNS = (
     f"{'workload':<{NAME}} {'implementation':<14} {'us':>9} {'TFLOP/s':>8} {'GB/s':>8}"
@@ -227,7 +226,7 @@ def _timed(workload, implementation, sets, want) -> tuple[tuple[float, float], l
 
     def is_right(got) -> bool:
         whole, row = _errors(restore(got), want)
-        return whole <= BOUNDS[workload.dtype] and row <= WORST_ROW * BOUNDS[workload.dtype]
+        return whole <= BOUNDS[workload.dtype] and row <= WORST * BOUNDS[workload.dtype]
 
     function, floor = workload.function(implementation), floor_seconds(workload)
     arguments = [workload.prepare(arrange(arrays), implementation) for arrays in sets]
@@ -285,27 +284,6 @@ def _errors(got, want) -> tuple[float, float]:
     found = itertools.starmap(errors, zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
     whole, row = zip(*found, strict=True)
     return max(whole), max(row)
-
-
-def errors(got, want) -> tuple[float, float]:
-    """RMS of the difference relative to that of `want`: of all, and of the worst row.
-
-    A row, which is the last axis, is compared with its own RMS and that of all. Infinite where NaN
-    or infinities are in other places.
-    """
-
-    def rms(x, axis=None):
-        return jnp.sqrt(jnp.mean(x**2, axis))
-
-    got, want = jnp.asarray(got, jnp.float32), jnp.asarray(want, jnp.float32)
-    is_finite = jnp.isfinite(want)
-    is_alike = jnp.where(is_finite, jnp.isfinite(got), (got == want) | jnp.isnan(got + want))
-    if not is_alike.all():
-        return math.inf, math.inf
-    difference, want = (jnp.where(is_finite, x, 0) for x in (got - want, want))
-    whole = jnp.maximum(rms(want), 1e-30)
-    rows = rms(difference, -1) / (rms(want, -1) + whole)
-    return float(rms(difference) / whole), float(rows.max())
 
 
 def floor_seconds(workload) -> float:

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 
+SM90 = (9, 0)  # compute capability of Hopper
 H200_NUM_SMS = 132
+WGMMA_ROWS = 64  # rows of Hopper's matmul instruction, the least that a warpgroup multiplies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +34,9 @@ PEAKS = {
     "NVIDIA GeForce RTX 4090": Peak(165e12, 1.008e12),
 }
 
-# Shared memory that one block may ask for, by compute capability: CUDA programming guide, table of
-# technical specifications.
-SHARED_MEMORY_BYTES = {
-    (8, 0): 163 * 1024,
-    (8, 6): 99 * 1024,
-    (8, 9): 99 * 1024,
-    (9, 0): 227 * 1024,
-    (10, 0): 227 * 1024,
-    (12, 0): 99 * 1024,
-}
+# Shared memory that one CTA may use on Hopper: CUDA programming guide, table of technical
+# specifications.
+SM90_SHARED_MEMORY_BYTES = 227 * 1024
 
 
 def compute_capability(device: Any = None) -> tuple[int, int] | None:
@@ -49,11 +44,6 @@ def compute_capability(device: Any = None) -> tuple[int, int] | None:
     text = getattr(_device(device), "compute_capability", None)
     parts = str(text).split(".")
     return (int(parts[0]), int(parts[1])) if len(parts) == 2 and "".join(parts).isdigit() else None
-
-
-def shared_memory_bytes(device: Any = None) -> int | None:
-    """Shared memory that one block may use; None where unknown."""
-    return SHARED_MEMORY_BYTES.get(compute_capability(device) or (0, 0))
 
 
 def num_sms(device: Any = None) -> int:

@@ -1,4 +1,4 @@
-"""What tests of arrays share: a comparison with one table of bounds, poison, random inputs."""
+"""What tests of arrays share: a comparison within the bounds, poison, random inputs."""
 
 import inspect
 
@@ -6,15 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Largest RMS(got - want) / RMS(want), where want is computed in float32 or better from the same
-# rounded inputs. One entry may be off by ten times that, relative to itself plus RMS(want).
-BOUNDS = {
-    "float32": 1e-5,
-    "float16": 1e-3,
-    "bfloat16": 5e-3,
-    "float8_e4m3fn": 3e-2,
-}
-LARGEST = 10
+from pallas_kernels.accuracy import BOUNDS, WORST
 
 POISONS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "huge": 1e30}
 
@@ -46,9 +38,9 @@ def assert_close(got, want, dtype=None):
     message = (
         f"RMS error {relative_rms:.2e} of RMS {rms:.2e} (bound {bound:.0e}); largest error"
         f" {error[at]:.2e} at {tuple(map(int, at))}, where {got[at]:.6g} should be {want[at]:.6g}"
-        f" (bound {LARGEST * bound:.0e} relative)"
+        f" (bound {WORST * bound:.0e} relative)"
     )
-    assert relative_rms <= bound and relative[at] <= LARGEST * bound, message
+    assert relative_rms <= bound and relative[at] <= WORST * bound, message
 
 
 def assert_same_bits(got, want):

@@ -13,8 +13,8 @@ from pallas_kernels.checks import (
     require_integer,
     require_rank,
 )
-from pallas_kernels.flash_attention.launch_sm90 import flash_attention_sm90, why_not
 from pallas_kernels.flash_attention.reference import flash_attention_reference
+from pallas_kernels.flash_attention.sm90.launch import flash_attention_sm90, why_not
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("mosaic_gpu", flash_attention_sm90, why_not),

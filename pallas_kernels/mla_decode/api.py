@@ -13,19 +13,12 @@ from pallas_kernels.checks import (
     require_integer,
     require_rank,
 )
-from pallas_kernels.mla_decode import config_sm90
 from pallas_kernels.mla_decode.plan import MLADecodePlan
 from pallas_kernels.mla_decode.reference import mla_decode_reference
-
-
-def _mosaic_gpu(*args, **kwargs):
-    from pallas_kernels.mla_decode import mosaic_gpu_sm90  # slow: it imports Mosaic GPU
-
-    return mosaic_gpu_sm90.mla_decode_sm90(*args, **kwargs)
-
+from pallas_kernels.mla_decode.sm90.launch import mla_decode_sm90, why_not
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("mosaic_gpu", _mosaic_gpu, config_sm90.why_not),
+    dispatch.Implementation("mosaic_gpu", mla_decode_sm90, why_not),
     dispatch.Implementation("xla", mla_decode_reference),
 )
 

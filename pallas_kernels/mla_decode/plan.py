@@ -11,7 +11,6 @@ from jaxtyping import Array, Int, Int32
 from pallas_kernels import hardware
 from pallas_kernels.checks import host_values, require, require_integer, require_rank
 
-ROW_TILE = 64  # rows of a Hopper matmul instruction: T * N rows are packed into tiles of it
 REQUEST_OVERHEAD_TOKENS = 320  # starting and finishing a request costs as much as reading these
 
 
@@ -40,9 +39,13 @@ class MLADecodePlan:
     num_rows: int = dataclasses.field(metadata={"static": True})
 
     @property
+    def num_parts(self) -> int:
+        return self.begin_request.shape[0]
+
+    @property
     def max_splits(self) -> int:
         """Static bound of num_splits[-1]: the partial results that a step can leave behind."""
-        return self.num_splits.shape[0] - 1 + self.begin_request.shape[0]
+        return self.num_splits.shape[0] - 1 + self.num_parts
 
 
 def mla_decode_plan(
@@ -87,7 +90,7 @@ def mla_decode_plan(
         require(size > 0, f"{op}: {name} must be positive, found {size}")
     if (values := host_values(lengths)) is not None:
         require(values.min() >= 0, f"{op}: lengths must not be negative, found {values.min()}")
-    num_parts = max(num_sms // -(-num_rows // ROW_TILE), 1)
+    num_parts = max(num_sms // -(-num_rows // hardware.WGMMA_ROWS), 1)
     return _plan(jnp.asarray(lengths), num_parts, page_size, num_rows)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import flash_attention
-from pallas_kernels.bench import errors
+from pallas_kernels.accuracy import errors
 
 FACTOR = {"out": 2, "lse": 2, "dq": 3, "dk": 3, "dv": 3}
 LSE_ROUNDING = 1e-5  # RMS relative to RMS: exponentials of a GPU are approximate

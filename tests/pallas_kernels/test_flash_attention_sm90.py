@@ -14,18 +14,17 @@ from kernel_tools.interpreter import run_simulated
 from numerics import assert_close, normal, poison
 
 from pallas_kernels import dispatch, flash_attention, hardware
-from pallas_kernels.bench import errors
+from pallas_kernels.accuracy import errors
 from pallas_kernels.flash_attention.api import IMPLEMENTATIONS
-from pallas_kernels.flash_attention.config_sm90 import (
-    BACKWARD_KEYS,
-    BACKWARD_QUERIES,
+from pallas_kernels.flash_attention.reference import flash_attention_reference
+from pallas_kernels.flash_attention.sm90.config import (
+    BACKWARD,
     FORWARD,
     FUSED,
     HEAD_SIZES,
     Problem,
 )
-from pallas_kernels.flash_attention.launch_sm90 import _masks, flash_attention_sm90
-from pallas_kernels.flash_attention.reference import flash_attention_reference
+from pallas_kernels.flash_attention.sm90.launch import flash_attention_sm90, make_masks
 
 NUM_SMS = hardware.H200_NUM_SMS
 KERNELS = ("flash_attention_forward", "flash_attention_dq", "flash_attention_dk_dv")
@@ -244,8 +243,8 @@ def test_compiles_for_hopper(K, H, is_masked):
         clocks.setdefault(kernel.name, []).append(tensor_clocks(kernel.loop("HGMMA")))
     columns = {  # of one step of one warpgroup, times what a column costs
         "flash_attention_forward": [FORWARD[K, H].block * (K + H)],
-        "flash_attention_dq": [BACKWARD_QUERIES[K, H].block * (2 * K + H)],
-        "flash_attention_dk_dv": [BACKWARD_KEYS[K, H].block * (2 * K + 2 * H)],
+        "flash_attention_dq": [BACKWARD[K, H].block * (2 * K + H)],
+        "flash_attention_dk_dv": [BACKWARD[K, H].block * (2 * K + 2 * H)],
     }
     if (K, H) == (256, 256):  # dk and dv do not fit in registers together
         columns["flash_attention_dk_dv"] = [64 * (K + H), 64 * (2 * K + H)]
@@ -256,12 +255,12 @@ def test_compiles_for_hopper(K, H, is_masked):
 
 def fused_gradients(causal=True):
     """A function of q, k, v, dout, stats, segment_ids and lengths, without the forward pass."""
-    from pallas_kernels.flash_attention.mosaic_gpu_sm90_fused import gradients
+    from pallas_kernels.flash_attention.sm90.fused import gradients
 
     def run(q, k, v, dout, stats, segment_ids=None, lengths=None):
         (B, T, N, K), (S, G, H) = q.shape, v.shape[1:]
         problem = Problem(B, T, S, N, G, K, H, causal, 0.1, S - T, lengths is not None)
-        masks = _masks(B, T, S, segment_ids, lengths)
+        masks = make_masks(B, T, S, segment_ids, lengths)
         return gradients(problem, masks, q, k, v, dout, stats, num_sms=NUM_SMS)
 
     return run

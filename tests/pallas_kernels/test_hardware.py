@@ -25,7 +25,6 @@ H200 = Device("NVIDIA H200", "9.0", 132)
 
 def test_facts_of_an_h200():
     assert hardware.compute_capability(H200) == (9, 0)
-    assert hardware.shared_memory_bytes(H200) == 232448
     assert hardware.num_sms(H200) == 132
     assert hardware.peak(H200) == hardware.Peak(989e12, 4.8e12)
     assert hardware.missing_gpu((9, 0), H200) is None
@@ -48,7 +47,6 @@ def test_peak_goes_by_the_longest_name_that_fits(kind, bandwidth):
 def test_unknown_gpu_has_no_figures():
     unknown = Device("NVIDIA Z999", "99.0", 7)
     assert hardware.peak(unknown) is None
-    assert hardware.shared_memory_bytes(unknown) is None
     assert hardware.num_sms(unknown) == 7
 
 
@@ -69,7 +67,6 @@ def test_missing_gpu_says_what_was_found(device, found):
 def test_a_cpu_has_no_capability_and_plans_as_an_h200():
     cpu = jax.devices("cpu")[0]
     assert hardware.compute_capability(cpu) is None
-    assert hardware.shared_memory_bytes(cpu) is None
     assert hardware.peak(cpu) is None
     assert hardware.num_sms(cpu) == 132
 

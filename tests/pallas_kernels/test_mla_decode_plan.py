@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numerics import unchecked
 
 from pallas_kernels import mla_decode_plan
-from pallas_kernels.mla_decode.plan import REQUEST_OVERHEAD_TOKENS, ROW_TILE
+from pallas_kernels.hardware import WGMMA_ROWS
+from pallas_kernels.mla_decode.plan import REQUEST_OVERHEAD_TOKENS
 
 H200 = 132
 
@@ -46,7 +47,7 @@ def test_every_page_is_read_once_in_balance(lengths, num_sms, num_rows, page_siz
     plan = jax.tree.map(np.asarray, plan)
     pages = [max(-(-length // page_size), 1) for length in lengths]
     overhead = -(-REQUEST_OVERHEAD_TOKENS // page_size)
-    num_parts = max(num_sms // -(-num_rows // ROW_TILE), 1)
+    num_parts = max(num_sms // -(-num_rows // WGMMA_ROWS), 1)
     share = -(-(sum(pages) + overhead * len(pages)) // num_parts)
     parts = walk(plan, pages)
     assert len(parts) == num_parts

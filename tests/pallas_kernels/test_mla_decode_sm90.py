@@ -16,8 +16,8 @@ from numerics import assert_close, normal, poison
 
 from pallas_kernels import hardware, mla_decode, mla_decode_plan
 from pallas_kernels.flash_mla import flash_mla_with_kvcache
-from pallas_kernels.mla_decode import config_sm90
-from pallas_kernels.mla_decode.plan import ROW_TILE
+from pallas_kernels.hardware import WGMMA_ROWS
+from pallas_kernels.mla_decode.sm90 import config as sm90_config
 
 GARBAGE = 2147480000  # FlashMLA's filling of unused table entries
 
@@ -77,7 +77,7 @@ class Case:
         found |= {"empty"} if 0 in self.lengths else set()
         parts = plan.begin_request.shape[0]
         hidden = self.T - 1 if self.causal else 0
-        if self.T * self.N > ROW_TILE and max(self.lengths) - hidden >= 2 * config_sm90.BLOCK_KV:
+        if self.T * self.N > WGMMA_ROWS and max(self.lengths) - hidden >= 2 * sm90_config.BLOCK_KV:
             found |= {"paired"}
         found |= {"idle"} if np.any(plan.begin_request > plan.end_request) else set()
         return found | ({"combine"} if parts > 1 else set())
@@ -137,14 +137,14 @@ def test_simulation_equals_the_definition(rng, on_hopper, case, paths):
 @pytest.mark.parametrize(("rows", "num_warpgroups"), [(8, 1), (1, 4), (2, 3)])
 def test_simulated_combine_merges_by_lse(rng, rows, num_warpgroups):
     """One, two and six splits; a row that saw nothing in one split, a row that saw nothing."""
-    from pallas_kernels.mla_decode.combine_sm90 import combine
+    from pallas_kernels.mla_decode.sm90.combine import combine
 
     B, M, C, num_splits = 3, 8, 128, [0, 1, 3, 9]
     partial_out, partial_lse = rng.standard_normal((10, M, C)), rng.standard_normal((10, M))
     partial_lse[2, 1], partial_lse[3:9, 4] = -np.inf, -np.inf
     partial_out[partial_lse == -np.inf] = 0
     out, lse = rng.standard_normal((B, M, C)), rng.standard_normal((B, M))
-    config = config_sm90.CombineConfig(rows, num_warpgroups)
+    config = sm90_config.CombineConfig(rows, num_warpgroups)
     got_out, got_lse = run_simulated(
         lambda *arrays: combine(*arrays, config),
         jnp.asarray(out, jnp.bfloat16),
@@ -226,7 +226,7 @@ SIZES = dict(row_dim=576, dtype="bfloat16", page_size=64, latent_dim=512, scale=
     ids=lambda value: "-".join(value) or "none" if isinstance(value, dict) else "",
 )
 def test_sizes_are_refused_with_the_reason(changes, reason):
-    found = config_sm90.refusal(**SIZES | changes)
+    found = sm90_config.refusal(**SIZES | changes)
     assert found is None if reason is None else re.search(reason, found)
 
 
@@ -277,7 +277,7 @@ def test_lowers(on_hopper, name):
 def test_partial_results_of_less_than_a_tile_are_not_padded_to_one(on_hopper, N, rows):
     run, shapes = program(B=2, N=N)
     text = lower_for_cuda(run, *shapes)
-    num_splits = 2 + hardware.H200_NUM_SMS // -(-N // ROW_TILE)
+    num_splits = 2 + hardware.H200_NUM_SMS // -(-N // WGMMA_ROWS)
     assert f"tensor<{num_splits}x{rows}x512xf32>" in text
     assert f"tensor<{num_splits}x{-(-N // 8) * 8}xf32>" in text
 

@@ -70,7 +70,7 @@ def test_copies_together_are_larger_than_the_cache(num_bytes, copies):
 @pytest.mark.kernel_aot
 def test_loop_on_a_gpu_holds_the_kernels_and_its_counter_only():
     """A copy, or an argument made anew in every round, would be timed along."""
-    from pallas_kernels.mla_decode.mosaic_gpu_sm90 import mla_decode_sm90
+    from pallas_kernels.mla_decode.sm90.launch import mla_decode_sm90
 
     workload = Workload(B=4, T=1, N=16, S=4096)
     decode = functools.partial(mla_decode_sm90, latent_dim=512, scale=0.04, causal=True)

@@ -12,10 +12,10 @@ from kernel_tools.flash_attention_matrix import Case
 from numerics import normal
 
 from pallas_kernels import hardware
-from pallas_kernels.flash_attention.config_sm90 import (
+from pallas_kernels.flash_attention.sm90.config import (
     FUSED,
     Problem,
-    group_parts,
+    choose_group_splits,
     is_backward_fused,
 )
 
@@ -65,8 +65,8 @@ def backward(case):
     T = case.T or case.S
     sizes = case.B, T, case.S, case.N, case.G, case.K, case.H
     problem = Problem(*sizes, case.causal, 0.1, offset=case.S - T)
-    parts = group_parts(problem, hardware.H200_NUM_SMS)
-    problem = dataclasses.replace(problem, group_parts=parts)
+    parts = choose_group_splits(problem, hardware.H200_NUM_SMS)
+    problem = dataclasses.replace(problem, group_splits=parts)
     is_fused = is_backward_fused(problem, case.deterministic, hardware.H200_NUM_SMS)
     num_tiles = problem.num_waves(case.S, case.G * parts, hardware.H200_NUM_SMS)
     return is_fused, parts, num_tiles > 1

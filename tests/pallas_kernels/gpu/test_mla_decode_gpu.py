@@ -85,7 +85,7 @@ def test_irregular_batch_gives_the_same_bits_every_time(num_sms):
     ids=str,
 )
 def test_the_same_body_in_the_simulator(case, data):
-    from pallas_kernels.mla_decode.mosaic_gpu_sm90 import mla_decode_sm90
+    from pallas_kernels.mla_decode.sm90.launch import mla_decode_sm90
 
     simulated = functools.partial(run_simulated, mla_decode_sm90)
     matrix.check_decode(functools.partial(decode, run=simulated), case, data)

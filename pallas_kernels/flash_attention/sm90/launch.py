@@ -1,6 +1,7 @@
 """The Hopper kernels as one differentiable function: shapes, masks, residuals.
 
-The kernels themselves are imported when they are first called, for Mosaic GPU is slow to import.
+The kernels themselves are imported when they are first called, because Mosaic GPU is slow to
+import.
 """
 
 import dataclasses
@@ -10,16 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hardware, varying
-from pallas_kernels.flash_attention.config_sm90 import (
+from pallas_kernels.flash_attention.reference import zeros_past
+from pallas_kernels.flash_attention.sm90.config import (
     HEAD_SIZES,
-    ROWS,
-    TILE,
+    TILE_ROWS,
     Problem,
-    group_parts,
+    choose_group_splits,
     is_backward_fused,
 )
-from pallas_kernels.flash_attention.reference import zeros_past
-from pallas_kernels.flash_attention.work_sm90 import Masks
+from pallas_kernels.flash_attention.sm90.tiles import Masks
+from pallas_kernels.hardware import SM90, WGMMA_ROWS
 
 DTYPES = ("bfloat16", "float16")
 LEAST_SCALE = 1e-30  # lse / scale stays far inside of float32, and scale is no subnormal number
@@ -38,7 +39,7 @@ def why_not(q, k, v, *, scale, **options) -> str | None:
             "keeps the maximum of scores times a positive scale, and lse divided by it: needs at"
             f" least {LEAST_SCALE}, found {scale}"
         )
-    return hardware.missing_gpu((9, 0))
+    return hardware.missing_gpu(SM90)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,8 @@ def flash_attention_sm90(
 ):
     """See `flash_attention`."""
     (B, T, N, K), (S, G, H) = q.shape, v.shape[1:]
-    masks = _masks(B, T, S, segment_ids, lengths)
-    q, k, v = _pad(q, ROWS), _pad(k, TILE), _pad(v, TILE)
+    masks = make_masks(B, T, S, segment_ids, lengths)
+    q, k, v = _pad(q, WGMMA_ROWS), _pad(k, TILE_ROWS), _pad(v, TILE_ROWS)
     T_padded, S_padded = q.shape[1], k.shape[1]
     sizes = B, T_padded, S_padded, N, G, K, H
     problem = Problem(*sizes, causal, float(scale), S - T, has_lengths=lengths is not None)
@@ -70,27 +71,27 @@ def flash_attention_sm90(
     return (out, jnp.swapaxes(lse[:, :, :T], 1, 2)) if return_lse else out
 
 
-def _masks(B, T, S, segment_ids, lengths) -> Masks:
-    """Ids are padded to whole tiles, for kernels read them without a bounds check."""
+def make_masks(B, T, S, segment_ids, lengths) -> Masks:
+    """Ids are padded to whole tiles, because kernels read them without a bounds check."""
     # int32 before S meets them, which a narrower dtype may not hold.
     key_ends = jnp.asarray(jnp.full((B,), S) if lengths is None else lengths, jnp.int32)
     query_ids = key_ids = None
     if segment_ids is not None:
         key_ids = jnp.asarray(segment_ids, jnp.int32)
-        query_ids = jnp.pad(key_ids[:, S - T :], ((0, 0), (0, -T % TILE)), mode="edge")
-        key_ids = jnp.pad(key_ids, ((0, 0), (0, -S % TILE)), mode="edge")
+        query_ids = jnp.pad(key_ids[:, S - T :], ((0, 0), (0, -T % TILE_ROWS)), mode="edge")
+        key_ids = jnp.pad(key_ids, ((0, 0), (0, -S % TILE_ROWS)), mode="edge")
     return Masks(jnp.minimum(key_ends, S), query_ids, key_ids)
 
 
 def _pad(x, least):
-    """Zeros behind until TMA can copy it in tiles of 8 tokens, and a box of `least` fits."""
+    """Appends zeros until TMA can copy `x` in tiles of 8 tokens, and a box of `least` fits."""
     size = max(-(-x.shape[1] // 8) * 8, least)
     return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)))
 
 
 def _forward(static: Static, q, k, v, masks: Masks) -> tuple[jax.Array, ...]:
     """out "B T N H" and lse "B N T", T rounded up to whole tiles in lse."""
-    from pallas_kernels.flash_attention.mosaic_gpu_sm90 import forward
+    from pallas_kernels.flash_attention.sm90.forward import forward
 
     results = forward(static.problem, masks, q, k, v, num_sms=static.num_sms)
     return varying.align(q, *results)[1:]
@@ -123,14 +124,13 @@ def _gradients(static, residuals, cotangents):
 
 def _backward(static: Static, masks: Masks, q, k, v, dout, stats) -> tuple[jax.Array, ...]:
     """dq, dk, dv."""
-    from pallas_kernels.flash_attention import mosaic_gpu_sm90_backward as backward
-    from pallas_kernels.flash_attention import mosaic_gpu_sm90_fused as fused
+    from pallas_kernels.flash_attention.sm90 import backward, fused
 
     num_sms = static.num_sms
-    parts = group_parts(static.problem, num_sms)
-    problem = dataclasses.replace(static.problem, group_parts=parts)
+    splits = choose_group_splits(static.problem, num_sms)
+    problem = dataclasses.replace(static.problem, group_splits=splits)
     if problem.has_lengths:
-        # As in `key_rows`; beside five matmuls a copy of everything is little.
+        # As in `key_rows`; compared with five matmuls a copy of everything costs little.
         k, v = zeros_past(masks.key_ends, k), zeros_past(masks.key_ends, v)
     operands = masks, q, k, v, dout, stats
     if is_backward_fused(problem, static.deterministic, num_sms):
@@ -139,15 +139,15 @@ def _backward(static: Static, masks: Masks, q, k, v, dout, stats) -> tuple[jax.A
     else:
         dq = backward.query_gradient(problem, *operands, num_sms=num_sms)
         dk, dv = backward.key_gradients(problem, *operands, num_sms=num_sms)
-    return dq, _sum_parts(problem, dk, k), _sum_parts(problem, dv, v)
+    return dq, _sum_splits(problem, dk, k), _sum_splits(problem, dv, v)
 
 
-def _sum_parts(problem: Problem, gradient, like):
-    """The gradient of `like` "B S G K", of whose groups there may be parts, in whole tiles."""
-    if problem.group_parts == 1:
+def _sum_splits(problem: Problem, gradient: jax.Array, like: jax.Array) -> jax.Array:
+    """The gradient of `like` "B S G K", from those of its groups' splits, which are whole tiles."""
+    if problem.group_splits == 1:
         return gradient
-    parts = gradient[:, : problem.S].reshape(*like.shape[:3], problem.group_parts, like.shape[3])
-    return parts.sum(3).astype(like.dtype)
+    splits = gradient[:, : problem.S].reshape(*like.shape[:3], problem.group_splits, like.shape[3])
+    return splits.sum(3).astype(like.dtype)
 
 
 _attention = jax.custom_vjp(_forward, nondiff_argnums=(0,))

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from numerics import normal
 
-from pallas_kernels.flash_attention.config_sm90 import (
+from pallas_kernels.flash_attention.sm90.config import (
     FORWARD,
-    TILE,
+    TILE_ROWS,
     Config,
     Problem,
-    group_parts,
+    choose_group_splits,
     is_backward_fused,
 )
-from pallas_kernels.flash_attention.launch_sm90 import _masks
-from pallas_kernels.flash_attention.work_sm90 import Tile, key_rows, key_tiles, query_tiles
+from pallas_kernels.flash_attention.sm90.launch import make_masks
+from pallas_kernels.flash_attention.sm90.tiles import Tile, key_rows, key_tiles, query_tiles
 
 
 def visible(problem, options):
@@ -47,16 +47,16 @@ def test_work_list_covers_all_that_is_visible(rng, direction, ids, masks):
     problem = Problem(B, T, S, N, G, 64, 64, masks != "full", 0.1, offset=S - T)
     config = Config(block=64, num_stages=(2, 2), heads_at_once=2)
     make = query_tiles if direction == "queries" else key_tiles
-    tiles = make(problem, _masks(B, T, S, **options), config, num_ctas)
+    tiles = make(problem, make_masks(B, T, S, **options), config, num_ctas)
     seen = visible(problem, options)
     seen = seen if direction == "queries" else seen.swapaxes(1, 2)
-    num_heads, num_tiles = (N if direction == "queries" else G), -(-seen.shape[1] // TILE)
+    num_heads, num_tiles = (N if direction == "queries" else G), -(-seen.shape[1] // TILE_ROWS)
 
     tiles = [Tile(*(int(x) for x in row)) for row in np.asarray(tiles)]
     places = {(tile.b, tile.head, tile.place) for tile in tiles}
     assert len(places) == len(tiles) == B * num_heads * num_tiles
     for tile in tiles:
-        rows = seen[tile.b, tile.place * TILE : (tile.place + 1) * TILE]
+        rows = seen[tile.b, tile.place * TILE_ROWS : (tile.place + 1) * TILE_ROWS]
         blocks = [rows[:, s : s + config.block] for s in range(0, rows.shape[1], config.block)]
         visited = [int(tile.block(i)) for i in range(tile.num_blocks)]
         assert len(set(visited)) == len(visited)
@@ -70,7 +70,7 @@ def test_work_list_covers_all_that_is_visible(rng, direction, ids, masks):
 
 def test_longest_tiles_come_first():
     problem = Problem(1, 2048, 2048, 8, 8, 64, 64, True, 0.1, offset=0)
-    masks = _masks(1, 2048, 2048, segment_ids=None, lengths=None)
+    masks = make_masks(1, 2048, 2048, segment_ids=None, lengths=None)
     for make in (query_tiles, key_tiles):
         tiles = Tile(*make(problem, masks, FORWARD[64, 64], num_ctas=8).T)
         lengths = tiles.num_blocks
@@ -96,7 +96,9 @@ def test_gradients_are_fused_where_that_is_less_work():
 
 def test_groups_are_cut_where_tiles_of_keys_do_not_suffice():
     def parts(num_tiles, group):
-        return group_parts(problem_of(B=1, S=num_tiles * TILE, N=group, G=1), num_sms=132)
+        return choose_group_splits(
+            problem_of(B=1, S=num_tiles * TILE_ROWS, N=group, G=1), num_sms=132
+        )
 
     assert parts(132, 8) == parts(133, 8) == 1
     assert parts(128, 8) == 1  # two halves would take as long as the whole
@@ -107,10 +109,10 @@ def test_groups_are_cut_where_tiles_of_keys_do_not_suffice():
 
 def test_the_tile_in_which_keys_end_has_zeros_behind_them(rng):
     x = normal(rng, (4, 200, 2, 8), "float32")
-    masks = _masks(4, 200, 200, None, np.array([0, 100, 128, 200]))
+    masks = make_masks(4, 200, 200, None, np.array([0, 100, 128, 200]))
     problem = dataclasses.replace(problem_of(B=4, T=200, S=200), has_lengths=True)
     ((whole, last_tile),) = key_rows(problem, masks, x)
-    assert whole is x and last_tile.shape == (4, TILE, 2, 8)
+    assert whole is x and last_tile.shape == (4, TILE_ROWS, 2, 8)
     np.testing.assert_array_equal(last_tile[1, :100], x[1, :100])
     np.testing.assert_array_equal(last_tile[3, :72], x[3, 128:])
     assert not last_tile[::2].any() and not last_tile[1, 100:].any()
@@ -120,5 +122,5 @@ def test_the_tile_in_which_keys_end_has_zeros_behind_them(rng):
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32"])
 def test_lengths_keep_their_value_beside_many_keys(dtype):
     """40000 keys are more than 8 or 16 bits can count."""
-    masks = _masks(2, 40000, 40000, None, jnp.array([0, 120], dtype))
+    masks = make_masks(2, 40000, 40000, None, jnp.array([0, 120], dtype))
     np.testing.assert_array_equal(masks.key_ends, [0, 120])

@@ -1,45 +1,48 @@
 """Which blocks of keys a tile of queries must meet, and which of them need no mask.
 
-The kernels walk a list of tiles that is made here, in front of them: what a length, the causal
-border or a segment excludes as a whole is neither loaded nor computed.
+The kernels walk a list of tiles that XLA computes here before they start: blocks that a length, the
+causal border or a segment excludes entirely are neither loaded nor computed.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
-from pallas_kernels.flash_attention.config_sm90 import TILE, Config, Problem
+from pallas_kernels.flash_attention.sm90.config import TILE_ROWS, Config, Problem
 
 
 class Rows(NamedTuple):
-    """Keys or values; if they end before the array does, the tile of the end once more."""
+    """Keys or values, plus a zero-padded copy of the last partial tile when lengths are given.
 
-    whole: Array  # "B S G K"
-    last_tile: Array | None = None  # "B TILE G K", zeros from the end on
+    Arrays, or in a kernel the Refs of them.
+    """
+
+    whole: Any  # "B S G K"
+    last_tile: Any = None  # "B TILE_ROWS G K", zeros from the end on
 
 
 class Masks(NamedTuple):
-    """What hides keys besides the causal border."""
+    """What hides keys besides the causal border: arrays, or in a kernel the Refs of them."""
 
-    key_ends: Int32[Array, "B"]  # keys from here on are hidden
-    query_ids: Int32[Array, "B T"] | None  # segments
-    key_ids: Int32[Array, "B S"] | None
+    key_ends: Any  # int32 "B": keys from here on are hidden
+    query_ids: Any  # int32 "B T", segments; or None
+    key_ids: Any  # int32 "B S", segments; or None
 
 
 def key_rows(problem: Problem, masks: Masks, *arrays: Array) -> list[Rows]:
-    """Keys and values "B S G K" as blocks of them are loaded.
+    """Keys and values "B S G K" in the form in which the kernels load their blocks.
 
-    Rows behind a length may hold NaN, and 0 * NaN is NaN: none may reach a matmul. Blocks behind
-    are never loaded; of the tile in which keys end this makes a copy with zeros, for a copy of
+    Rows past a length may hold NaN, and 0 * NaN is NaN: none may reach a matmul. Blocks past it are
+    never loaded. The tile in which keys end is copied with zeros after the end, because a copy of
     everything would cost a pass over it.
     """
     if not problem.has_lengths:
         return [Rows(x) for x in arrays]
     ends = masks.key_ends[:, None]
-    row = ends // TILE * TILE + jnp.arange(TILE)[None, :]
+    row = ends // TILE_ROWS * TILE_ROWS + jnp.arange(TILE_ROWS)[None, :]
     row = jnp.where(row < ends, row, problem.S)
     b = jnp.arange(problem.B)[:, None]
     return [Rows(x, x.at[b, row].get(mode="fill", fill_value=0)) for x in arrays]
@@ -49,51 +52,57 @@ Scalar = jax.Array | int  # int32
 
 
 class Tile(NamedTuple):
-    """A tile of rows and the blocks that it meets; one run of them needs no mask and comes last."""
+    """A tile of rows and the blocks that it meets; those that need no mask are met last.
+
+    The blocks are a range along the sequence, which starts at `first`: num_before masked ones, then
+    a run of num_unmasked, then the other masked ones.
+    """
 
     b: Scalar
     head: Scalar
-    place: Scalar  # along the sequence
-    first: Scalar  # block
-    num_before: Scalar  # masked blocks in front of the run
+    place: Scalar  # index of the tile along the sequence
+    first: Scalar
+    num_before: Scalar
     num_unmasked: Scalar
-    num_masked: Scalar  # all of them, in front of the run and behind it
+    num_masked: Scalar  # before and after the run
 
     @property
     def num_blocks(self) -> Scalar:
         return self.num_masked + self.num_unmasked
 
-    def block(self, index) -> Scalar:
-        """The block that step `index` meets."""
+    def block(self, index: Scalar) -> Scalar:
+        """The block that the tile meets in its step `index`."""
         unmasked = self.first + self.num_before + index - self.num_masked
         return jnp.where(index < self.num_masked, self.masked_block(index), unmasked)
 
-    def masked_block(self, index) -> Scalar:
+    def masked_block(self, index: Scalar) -> Scalar:
         """`block` for the steps before `num_masked`."""
-        is_behind = index >= self.num_before
-        return self.first + index + jnp.where(is_behind, self.num_unmasked, 0)
+        is_after_run = index >= self.num_before
+        return self.first + index + jnp.where(is_after_run, self.num_unmasked, 0)
 
 
 def query_tiles(
     problem: Problem, masks: Masks, config: Config, num_ctas: int
 ) -> Int32[Array, "num_tiles 7"]:
     """Tiles of queries, which meet blocks of keys, as rows of Tile's fields."""
-    runs = _runs(*_visible(problem, masks, TILE, config.block))
+    runs = _runs(*_visible(problem, masks, TILE_ROWS, config.block))
     return _deal(runs, problem.N, config.heads_at_once, num_ctas, is_last_longest=True)
 
 
 def key_tiles(
     problem: Problem, masks: Masks, config: Config, num_ctas: int
 ) -> Int32[Array, "num_tiles 7"]:
-    """Tiles of keys, which meet blocks of queries; `head` numbers the parts of all groups."""
-    some, every = _visible(problem, masks, config.block, TILE)
+    """Tiles of keys, which meet blocks of queries; `head` counts the splits of all groups."""
+    some, every = _visible(problem, masks, config.block, TILE_ROWS)
     runs = _runs(jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2))
-    num_heads = problem.G * problem.group_parts
+    num_heads = problem.G * problem.group_splits
     return _deal(runs, num_heads, config.heads_at_once, num_ctas, is_last_longest=False)
 
 
-def _visible(problem, masks, block_t, block_s) -> tuple[jax.Array, jax.Array]:
-    """bool "B I J" twice: does any query of the tile see a key of the block; do all see all."""
+def _visible(
+    problem: Problem, masks: Masks, block_t: int, block_s: int
+) -> tuple[Bool[Array, "B I J"], Bool[Array, "B I J"]]:
+    """Whether any query of block I sees any key of block J, and whether all see all."""
     num_tiles, num_blocks = -(-problem.T // block_t), -(-problem.S // block_s)
     first_key = block_s * jnp.arange(num_blocks)[None, None, :]
     last_key = first_key + block_s - 1
@@ -105,8 +114,8 @@ def _visible(problem, masks, block_t, block_s) -> tuple[jax.Array, jax.Array]:
         some = some & (first_key <= last_query + problem.offset)
         every = every & (last_key <= first_query + problem.offset)
     if masks.query_ids is not None:
-        # Intervals of ids that do not meet exclude a block. If ids are not sorted the test may let
-        # a block pass of which the mask then leaves nothing.
+        # Intervals of ids that do not overlap exclude a block. If ids are not sorted, a block may
+        # pass this test although the mask then hides all of it.
         query_low, query_high = _extremes(masks.query_ids, num_tiles, block_t)
         key_low, key_high = _extremes(masks.key_ids, num_blocks, block_s)
         query_low, query_high = query_low[:, :, None], query_high[:, :, None]
@@ -117,14 +126,16 @@ def _visible(problem, masks, block_t, block_s) -> tuple[jax.Array, jax.Array]:
     return jnp.broadcast_to(some, shape), jnp.broadcast_to(every, shape)
 
 
-def _extremes(ids, num_blocks, block):
+def _extremes(
+    ids: Int32[Array, "B rows"], num_blocks: int, block: int
+) -> tuple[Int32[Array, "B num_blocks"], Int32[Array, "B num_blocks"]]:
     """Smallest and largest id of every block."""
     blocks = ids[:, : num_blocks * block].reshape(len(ids), num_blocks, block)
     return blocks.min(-1), blocks.max(-1)
 
 
-def _runs(some, every):
-    """ "B rows 4": the last fields of Tile, from the first run of True in `every`."""
+def _runs(some: Bool[Array, "B I J"], every: Bool[Array, "B I J"]) -> Int32[Array, "B I 4"]:
+    """The last four fields of Tile, from the first run of True in `every`."""
     size = some.shape[-1]
     j = jnp.arange(size)[None, None, :]
     end = jnp.max(jnp.where(some, j + 1, 0), -1)
@@ -138,12 +149,18 @@ def _runs(some, every):
     return jnp.stack(visits, -1).astype(jnp.int32)
 
 
-def _deal(runs, num_heads, heads_at_once, num_ctas, is_last_longest):
-    """Tiles of all heads, to be dealt out to the CTAs in turn.
+def _deal(
+    runs: Int32[Array, "B I 4"],
+    num_heads: int,
+    heads_at_once: int,
+    num_ctas: int,
+    is_last_longest: bool,
+) -> Int32[Array, "num_tiles 7"]:
+    """Tiles of all heads in the order in which CTAs take turns to get them.
 
-    The longest under a causal border come first, for the work to end evenly, but all tiles of
-    `heads_at_once` heads come before those of the next ones, for what they read to stay in L2.
-    Every second round deals backwards.
+    The longest tiles under a causal border come first, so that all CTAs end at about the same time.
+    All tiles of `heads_at_once` heads come before those of the next ones, so that what they read
+    stays in L2. Every second round deals backwards.
     """
     B, num_places, _ = runs.shape
     wave = math.gcd(B * num_heads, heads_at_once)

@@ -1,17 +1,16 @@
-"""What the shapes decide about MLA decode on Hopper. Imports no Mosaic GPU, which is slow."""
+"""What the shapes decide about MLA decode on Hopper. Imports no Mosaic."""
 
 import dataclasses
 
 from pallas_kernels import hardware
-from pallas_kernels.mla_decode.plan import ROW_TILE
+from pallas_kernels.hardware import WGMMA_ROWS
 
-COMPUTE_CAPABILITY = (9, 0)
 DTYPES = ("bfloat16", "float16")
 PAGE_SIZES = (64, 128)
 BLOCK_KV = 64  # tokens that are multiplied at once; a page is one or two blocks
 WARPGROUP = 128  # threads, over which the merge spreads a row
-MAX_LATENT_DIM = 512  # a warpgroup holds 64 rows of half of it, 128 registers a thread
-# Rows are copied in eights, the height of a tile in shared memory; others are padded before.
+MAX_LATENT_DIM = 512  # a warpgroup holds 64 rows of half of it, 128 registers per thread
+# Rows are copied in eights, the height of a tile in shared memory; other numbers are padded.
 ROW_ALIGNMENT = 8
 # Where a running maximum starts. Not -inf: -inf - -inf is NaN in a row that sees no key yet.
 LOWEST = -1e30
@@ -19,12 +18,12 @@ LOWEST = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Static options of the main kernel; the reasons of the figures are in NOTES.md.
+    """Static options of the main kernel; NOTES.md has the reasons for the figures.
 
     Fields:
       is_paired: both computing warpgroups score, each one block of a pair.
       num_slots: blocks of keys and values in shared memory.
-      compute_registers, memory_registers: a thread; two warpgroups compute, one copies.
+      compute_registers, memory_registers: per thread; two warpgroups compute, one copies.
     """
 
     num_queries: int
@@ -49,8 +48,8 @@ class Config:
             rope_dim=rope_dim,
             scale=scale,
             causal=causal,
-            # One tile of rows waits for memory, several that share it for the tensor cores.
-            is_paired=T * N > ROW_TILE,
+            # One tile of rows waits for memory; several that share it wait for the tensor cores.
+            is_paired=T * N > WGMMA_ROWS,
             num_slots=_num_slots(latent_dim, rope_dim),
         )
 
@@ -65,8 +64,8 @@ class CombineConfig:
     """Static options of the merge of partial results.
 
     Fields:
-      rows: of a request, that a block merges.
-      num_warpgroups: of a block, among which the splits are divided.
+      rows: query rows of a request that one CTA merges.
+      num_warpgroups: warpgroups of a CTA, among which the splits are divided.
     """
 
     rows: int
@@ -74,62 +73,50 @@ class CombineConfig:
 
     @classmethod
     def of(cls, num_requests: int, num_rows: int) -> "CombineConfig":
-        # Blocks of eight rows if there is one for every multiprocessor: most have nothing to merge,
+        # CTAs of eight rows if there is one for every multiprocessor: most have nothing to merge,
         # so there should be few. Else few requests have many splits: those are read side by side.
         if num_requests * num_rows >= 8 * hardware.H200_NUM_SMS:
             return cls(rows=8, num_warpgroups=1)
         return cls(rows=1, num_warpgroups=4)
 
 
-def why_not(q, kv_pages, page_table, lengths, *, latent_dim, scale, causal, plan) -> str | None:
-    """Why the kernel cannot run this call here, or None."""
-    return hardware.missing_gpu(COMPUTE_CAPABILITY) or refusal(
-        q.shape[3], str(q.dtype), kv_pages.shape[1], latent_dim, scale
-    )
-
-
 def refusal(row_dim: int, dtype: str, page_size: int, latent_dim: int, scale: float) -> str | None:
     """Why the kernel does not do these sizes on any GPU, or None."""
     rope_dim = row_dim - latent_dim
     if dtype not in DTYPES:
-        return f"needs one of the dtypes {list(DTYPES)}, found {dtype}"
+        return f"the dtype must be one of {list(DTYPES)}, got {dtype}"
     if page_size not in PAGE_SIZES:
-        return f"needs pages of one of {list(PAGE_SIZES)} tokens, found {page_size}"
+        return f"pages must have one of {list(PAGE_SIZES)} tokens, got {page_size}"
     if latent_dim % 64 or latent_dim > MAX_LATENT_DIM:
-        return (
-            f"needs a latent_dim that is a multiple of 64 up to {MAX_LATENT_DIM}, found"
-            f" {latent_dim}"
-        )
+        return f"latent_dim must be a multiple of 64 up to {MAX_LATENT_DIM}, got {latent_dim}"
     if rope_dim % 16 or rope_dim == 0:
-        return f"needs a rotary part that is a positive multiple of 16, found {rope_dim}"
+        return f"the rotary part must be a positive multiple of 16, got {rope_dim}"
     if _num_slots(latent_dim, rope_dim) < 2:
-        have = hardware.SHARED_MEMORY_BYTES[COMPUTE_CAPABILITY]
         return (
-            f"needs {_shared_bytes(latent_dim, rope_dim, 2)} bytes of shared memory for rows of"
-            f" {latent_dim} + {rope_dim}, a multiprocessor has {have}"
+            f"rows of {latent_dim} + {rope_dim} need {_shared_bytes(latent_dim, rope_dim, 2)} bytes"
+            f" of shared memory, which must be at most {hardware.SM90_SHARED_MEMORY_BYTES}"
         )
     if not scale > 0:
-        return f"needs a positive scale, found {scale}"
+        return f"scale must be positive, got {scale}"
     return None
 
 
 def _num_slots(latent_dim: int, rope_dim: int) -> int:
     """Blocks that fit; more than four would only add barriers."""
-    have = hardware.SHARED_MEMORY_BYTES[COMPUTE_CAPABILITY]
-    fits = (n for n in (4, 3, 2) if _shared_bytes(latent_dim, rope_dim, n) <= have)
-    return next(fits, 0)
+    most = hardware.SM90_SHARED_MEMORY_BYTES
+    return next((n for n in (4, 3, 2) if _shared_bytes(latent_dim, rope_dim, n) <= most), 0)
 
 
 def _shared_bytes(latent_dim: int, rope_dim: int, num_slots: int) -> int:
-    """Queries, blocks, probabilities, row statistics; every array starts at a border of 1 KB."""
+    """Queries, blocks, probabilities, row statistics; every array starts at a multiple of 1 KB."""
     arrays = (
-        2 * ROW_TILE * latent_dim,
-        2 * ROW_TILE * rope_dim,
+        2 * WGMMA_ROWS * latent_dim,
+        2 * WGMMA_ROWS * rope_dim,
         2 * num_slots * BLOCK_KV * latent_dim,
         2 * num_slots * BLOCK_KV * rope_dim,
-        0 if rope_dim == BLOCK_KV else 2 * num_slots * ROW_TILE * BLOCK_KV,
-        4 * num_slots * 3 * ROW_TILE,
-        4 * ROW_TILE,
+        0 if rope_dim == BLOCK_KV else 2 * num_slots * WGMMA_ROWS * BLOCK_KV,
+        4 * num_slots * 3 * WGMMA_ROWS,
+        4 * WGMMA_ROWS,
     )
     barriers = 8 * (6 * num_slots + 2)
     return sum(-(-size // 1024) * 1024 for size in arrays) + barriers

@@ -1,0 +1,1 @@
+"""Flash attention on Hopper GPUs, in Mosaic GPU."""
