@@ -30,6 +30,7 @@ _HOME = {
     "param_shardings": "params",
     "forward": "functional",
     "forward_trace": "functional",
+    "ForwardTrace": "model",
     "prefill": "functional",
     "decode_step": "functional",
     "LatentCache": "cache.latent",
@@ -37,10 +38,12 @@ _HOME = {
     "explain_sharding": "analysis.placement",
     "explain_collectives": "analysis.collectives",
     "generate": "generation",
+    "Generated": "generation",
     "sample": "generation",
     "load": "checkpoint",
     "save": "checkpoint",
     "make_mesh": "sharding.mesh",
+    "Placement": "sharding.placement",
     "ShardingRules": "sharding.rules",
     "MLA": "layers.mla",
     "RMSNorm": "layers.norm",
@@ -62,16 +65,17 @@ if TYPE_CHECKING:
     from jax_mla.checkpoint import load, save
     from jax_mla.config import DeepSeekConfig, RopeScaling, kimi_k2, tiny, v2, v2_lite, v3
     from jax_mla.functional import decode_step, forward, forward_trace, prefill
-    from jax_mla.generation import generate, sample
+    from jax_mla.generation import Generated, generate, sample
     from jax_mla.layers.block import Block
     from jax_mla.layers.gqa import GroupedQueryAttention, KeyValueCache
     from jax_mla.layers.mla import MLA
     from jax_mla.layers.mlp import SwiGLU
     from jax_mla.layers.moe import MoE
     from jax_mla.layers.norm import RMSNorm
-    from jax_mla.model import DeepSeek
+    from jax_mla.model import DeepSeek, ForwardTrace
     from jax_mla.params import bind, init, param_shardings
     from jax_mla.sharding.mesh import make_mesh
+    from jax_mla.sharding.placement import Placement
     from jax_mla.sharding.rules import ShardingRules
 
 
