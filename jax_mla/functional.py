@@ -113,8 +113,8 @@ def prefill(
       form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one for the
         longest cached sequence, or for a full cache where lengths are traced.
       rules: as in `forward`. Sequences and their pages are split over the mesh axes of `batch`: the
-        table of a paged cache may name only pages of the share that its sequence is in. Where
-        `context` splits the pages of each sequence, make the cache for as many `num_shares`.
+        table of a paged cache may name only pages of the shard that its sequence is in. Where
+        `context` shards the pages of each sequence, make the cache with as many `num_shards`.
 
     Returns:
       Float32 logits of the token after each row's last valid one, and the cache.

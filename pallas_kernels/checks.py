@@ -48,9 +48,15 @@ def require_rank(op: str, **ranks) -> None:
 
 
 def host_values(array) -> np.ndarray | None:
-    """The values, when reading them needs no trace and no other host; otherwise None."""
+    """The values where this process can read them by itself, otherwise None.
+
+    It cannot while they are traced, nor where parts of them are on other hosts only; an array
+    replicated over several hosts can be read.
+    """
     if isinstance(array, Tracer):
         return None
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
         return None
     return np.asarray(array)

@@ -3,105 +3,155 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
-from jax_mla.cache.latent import LatentCache, PagedLatentCache
+from jax_mla.cache.latent import Cache, LatentCache, PagedLatentCache
 from jax_mla.cache.pages import capacity
 from jax_mla.checks.arrays import concrete
+from jax_mla.checks.sizes import check_one_of
 from jax_mla.checks.tokens import check_rope
 from jax_mla.config.model import DTYPES, DeepSeekConfig
 from jax_mla.sharding.placement import Placement
 
+_NUM_AXES = {"pages": 4, "lengths": 1, "page_table": 2}
+
+
+class _Shards(NamedTuple):
+    """Shards that the rules make of every sequence's pages, and of the sequences of a batch."""
+
+    context: int
+    batch: int
+
 
 def check_cache(
-    cache: LatentCache | PagedLatentCache,
+    cache: Cache,
     config: DeepSeekConfig,
-    num_new,
+    num_new: int | Int[jax.Array | np.ndarray, " B"],
     *,
-    batch=None,
+    batch: int | None = None,
     placement: Placement | None = None,
 ) -> None:
-    """The cache is of this model and batch and has room for `num_new` tokens of each sequence."""
+    """The cache is of this model and batch and has room for `num_new` tokens of each sequence.
+
+    Args:
+      batch: sequences that the tokens have; None takes the length of `num_new`.
+      placement: the mesh that the pages are sharded on; None for a single device.
+
+    Lengths and page table are read back from the device; where they are traced, only shapes and
+    dtypes are checked, and rotary frequencies for a full cache.
+    """
+    shards = _Shards(1, 1)
+    if placement is not None:
+        shards = _Shards(placement.num_shards("context"), placement.num_shards("batch"))
     _check_fields(cache)
-    layers, num_pages, page_size, width = cache.pages.shape
-    if layers != config.num_hidden_layers or width != config.cache_row_dim:
-        raise ValueError(
-            f"the cache has {layers} layers of {width} numbers a token, the config "
-            f"{config.num_hidden_layers} of {config.cache_row_dim}"
-        )
-    batch = np.shape(num_new)[0] if batch is None else batch
-    if cache.lengths.shape[0] != batch:
-        raise ValueError(f"the cache holds {cache.lengths.shape[0]} sequences, tokens have {batch}")
-    num_shares, shards = _cache_shares(cache, placement)
-    if num_pages % (num_shares * shards):
-        raise ValueError(
-            f"a cache of {num_pages} pages cannot be split over {num_shares * shards} devices"
-        )
-    old, new, table = (concrete(x) for x in (cache.lengths, num_new, cache.page_table))
-    if old is None or new is None or table is None:
+    _check_sizes(cache, config, np.shape(num_new)[0] if batch is None else batch)
+    _check_shards(cache, shards, placement)
+    lengths, new, table = (concrete(x) for x in (cache.lengths, num_new, cache.page_table))
+    if lengths is None or new is None or table is None:
         check_rope(capacity(cache), config)
         return
-    if old.min() < 0:
-        raise ValueError(f"cache.lengths must be at least 0, got {old.min()}")
-    needed = np.where(new > 0, old + new, 0)
-    if (longest := needed.max()) > capacity(cache):
-        row = needed.argmax()
-        raise ValueError(
-            f"sequence {row} would hold {longest} tokens, the cache has room for {capacity(cache)}"
-        )
-    check_rope(int(longest), config)
-    _check_pages(table, num_pages, -(-needed // page_size), num_shares, shards)
-    if isinstance(cache, PagedLatentCache):  # a dense cache's table counts
-        _check_written(table, old // page_size, -(-(old + new) // page_size), new > 0)
+    needed = _check_room(cache, lengths, new)
+    check_rope(int(needed.max()), config)
+    page_size = cache.pages.shape[2]
+    _check_pages(table, cache.pages.shape[1], _num_pages(needed, page_size), shards)
+    if isinstance(cache, PagedLatentCache):  # a dense cache uses every page once
+        _check_written(table, lengths // page_size, _num_pages(lengths + new, page_size), new > 0)
 
 
-def _cache_shares(cache, placement: Placement | None) -> tuple[int, int]:
-    """Devices that split the pages of every sequence, and devices that split the sequences."""
-    if placement is None:
-        return 1, 1
-    num_shares = placement.num_shards("context")
-    if isinstance(cache, LatentCache) and cache.num_shares != num_shares:
-        raise ValueError(
-            f"the cache is numbered for num_shares={cache.num_shares}, the rules split it over "
-            f"{num_shares} devices (context={placement.rules.context!r})"
-        )
-    return num_shares, placement.num_shards("batch")
+def longest(cache: Cache) -> int | None:
+    """Tokens of the longest sequence in the cache, or None where they cannot be seen."""
+    lengths = concrete(cache.lengths)
+    return None if lengths is None else int(lengths.max())
 
 
-def _check_fields(cache: LatentCache | PagedLatentCache) -> None:
-    """Every field is an array of its own axes and dtype, and all are of one batch."""
-    if not isinstance(cache, LatentCache | PagedLatentCache):
+def _num_pages(num_tokens: np.ndarray, page_size: int) -> np.ndarray:
+    return -(-num_tokens // page_size)
+
+
+def _check_fields(cache: Cache) -> None:
+    """Every field is an array with the right number of axes and kind of dtype."""
+    if not isinstance(cache, Cache):
         raise ValueError(f"the cache must be a latent cache, got {type(cache).__name__}")
     for field in dataclasses.fields(cache):
-        if field.name == "num_shares":
+        if field.name not in _NUM_AXES:  # num_shards
             continue
         name, array = f"cache.{field.name}", getattr(cache, field.name)
         if not isinstance(array, jax.Array | np.ndarray):
             raise ValueError(f"{name} must be an array, got {array!r:.60}")
-        axes = {"pages": 4, "lengths": 1, "page_table": 2}[field.name]
-        if array.ndim != axes or 0 in array.shape:
-            raise ValueError(f"{name} must have {axes} axes, none empty, got shape {array.shape}")
-        if field.name == "pages" and array.dtype.name not in DTYPES:
-            raise ValueError(f"{name} has dtype {array.dtype}, not one of {', '.join(DTYPES)}")
-        if field.name != "pages" and not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, got dtype {array.dtype}")
-    batch, num_pages = cache.lengths.shape[0], cache.pages.shape[1]
-    if isinstance(cache, LatentCache):
-        if num_pages % (batch * cache.num_shares):
-            shares = f" in {cache.num_shares} shares" if cache.num_shares > 1 else ""
+        num_axes = _NUM_AXES[field.name]
+        if array.ndim != num_axes or 0 in array.shape:
             raise ValueError(
-                f"{num_pages} pages cannot be a dense cache of {batch} sequences{shares}"
+                f"{name} must have {num_axes} axes, none empty, got shape {array.shape}"
             )
-    elif (rows := cache.page_table.shape[0]) != batch:
-        raise ValueError(f"cache.page_table has {rows} rows, cache.lengths {batch}")
+        if field.name == "pages":
+            check_one_of("the dtype of cache.pages", array.dtype.name, DTYPES)
+        elif not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got dtype {array.dtype}")
 
 
-def _check_pages(
-    table: np.ndarray, num_pages: int, num_used: np.ndarray, num_shares: int, shards: int
-) -> None:
+def _check_sizes(cache: Cache, config: DeepSeekConfig, batch: int) -> None:
+    """Layers and rows are those of the config, sequences those of the batch."""
+    num_layers, num_pages, _, width = cache.pages.shape
+    if (num_layers, width) != (config.num_hidden_layers, config.cache_row_dim):
+        raise ValueError(
+            f"the cache must have {config.num_hidden_layers} layers and {config.cache_row_dim} "
+            f"numbers per token, as the config, got {num_layers} and {width}"
+        )
+    num_sequences = cache.lengths.shape[0]
+    if isinstance(cache, PagedLatentCache):
+        if (num_rows := cache.page_table.shape[0]) != num_sequences:
+            raise ValueError(
+                f"cache.page_table must have a row for each of {num_sequences} cache.lengths, "
+                f"got {num_rows}"
+            )
+    elif num_pages % (num_sequences * cache.num_shards):
+        shards = f" in {cache.num_shards} shards" if cache.num_shards > 1 else ""
+        raise ValueError(
+            f"the pages of a dense cache of {num_sequences} sequences{shards} must be a multiple "
+            f"of {num_sequences * cache.num_shards}, got {num_pages}"
+        )
+    if num_sequences != batch:
+        raise ValueError(
+            f"the cache must hold {batch} sequences, as many as the tokens, got {num_sequences}"
+        )
+
+
+def _check_shards(cache: Cache, shards: _Shards, placement: Placement | None) -> None:
+    """The pages can be sharded over the mesh."""
+    if placement is not None and isinstance(cache, LatentCache):
+        if cache.num_shards != shards.context:
+            raise ValueError(
+                f"num_shards of the cache must be {shards.context} for "
+                f"context={placement.rules.context!r}, got {cache.num_shards}"
+            )
+    num_pages, num_devices = cache.pages.shape[1], shards.context * shards.batch
+    if num_pages % num_devices:
+        raise ValueError(
+            f"the pages of the cache must be a multiple of {num_devices}, the devices that hold "
+            f"them, got {num_pages}"
+        )
+
+
+def _check_room(cache: Cache, lengths: np.ndarray, num_new: np.ndarray) -> np.ndarray:
+    """Tokens that every sequence will hold, 0 where none is appended; none exceeds the capacity."""
+    if lengths.min() < 0:
+        raise ValueError(f"cache.lengths must be at least 0, got {lengths.min()}")
+    needed = np.where(num_new > 0, lengths + num_new, 0)
+    if needed.max() > capacity(cache):
+        row = needed.argmax()
+        raise ValueError(
+            f"sequence {row} must fit into the cache, which has room for {capacity(cache)} tokens, "
+            f"got {needed[row]}"
+        )
+    return needed
+
+
+def _check_pages(table: np.ndarray, num_pages: int, num_used: np.ndarray, shards: _Shards) -> None:
     """The first `num_used` entries of each row name pages, on the device that the entry is for."""
     slot = np.arange(table.shape[1])[None, :]
     is_used = slot < num_used[:, None]
@@ -109,26 +159,30 @@ def _check_pages(
     if bad.any():
         row, at = np.argwhere(bad)[0]
         raise ValueError(
-            f"page_table[{row}, {at}] is {table[row, at]}, the cache has {num_pages} pages"
+            f"page_table[{row}, {at}] must be one of the cache's {num_pages} pages, "
+            f"got {table[row, at]}"
         )
     row = np.arange(len(table))[:, None]
-    device = slot % num_shares * shards + row * shards // len(table)
-    each = num_pages // (num_shares * shards)
-    bad = is_used & (table // each != device)
+    device = slot % shards.context * shards.batch + row * shards.batch // len(table)
+    pages_each = num_pages // (shards.context * shards.batch)
+    bad = is_used & (table // pages_each != device)
     if bad.any():
         row, at = np.argwhere(bad)[0]
-        begin = device[row, at] * each
-        what = f"sequence {row} is" if num_shares == 1 else f"entry {at} of sequence {row} is"
+        begin = device[row, at] * pages_each
+        what = f"entry {at} of sequence {row}" if shards.context > 1 else f"sequence {row}"
         raise ValueError(
-            f"page_table[{row}, {at}] is {table[row, at]}, {what} on devices that hold pages "
-            f"{begin} to {begin + each - 1}"
+            f"page_table[{row}, {at}] must be one of pages {begin} to {begin + pages_each - 1}, "
+            f"on the devices of {what}, got {table[row, at]}"
         )
 
 
 def _check_written(
     table: np.ndarray, first: np.ndarray, end: np.ndarray, is_new: np.ndarray | np.bool_
 ) -> None:
-    """A page that will be written is in use once: sequences may share only what they read."""
+    """A page that will be written is in use once: sequences may share only what they read.
+
+    Row b uses its entries [0, end[b]) and, where is_new, writes those from first[b] on.
+    """
     slot = np.arange(table.shape[1])[None, :]
     is_used = slot < end[:, None]
     is_written = is_used & (slot >= first[:, None]) & np.reshape(is_new, (-1, 1))
@@ -140,12 +194,6 @@ def _check_written(
         others = np.argwhere(is_used & (table == page))
         other = next(tuple(at.tolist()) for at in others if tuple(at) != (row, slot))
         raise ValueError(
-            f"page_table[{row}, {slot}] and page_table[{other[0]}, {other[1]}] are both page "
-            f"{page}, which would be written; only pages that are full may be shared"
+            f"page_table[{row}, {slot}] and page_table[{other[0]}, {other[1]}] must differ, "
+            f"got page {page} twice: it would be written, and only full pages may be shared"
         )
-
-
-def longest(cache: LatentCache | PagedLatentCache) -> int | None:
-    """Tokens of the longest sequence in the cache, or None where they cannot be seen."""
-    lengths = concrete(cache.lengths)
-    return None if lengths is None else int(lengths.max())

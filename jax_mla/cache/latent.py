@@ -1,4 +1,4 @@
-"""Latent caches: one row of C + R numbers a token and layer, in pages.
+"""The two latent caches, dense and paged: one row of C + R numbers per token and layer, in pages.
 
 A row holds the normalised latent, then the rotated key (first all first members of the rotary
 pairs, then all second ones; see `layers/rope.py`).
@@ -7,7 +7,8 @@ pairs, then all second ones; see `layers/rope.py`).
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,13 @@ class LatentCache:
     Attributes:
       pages: rows of all layers and sequences.
       lengths: tokens in cache.
-      num_shares: of the devices that rules.context splits the pages over. Page j of every sequence
-        is in share j % num_shares, and the shares lie one behind the other.
+      num_shards: size of the context-parallel axes (`ShardingRules.context`). Page j of a sequence
+        is stored on shard j % num_shards; each shard's pages are contiguous.
     """
 
     pages: Float[Array, "L num_pages page_size X"]
     lengths: Int[Array, " B"]
-    num_shares: int = dataclasses.field(default=1, metadata={"static": True})
+    num_shards: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
     def empty(
@@ -49,15 +50,15 @@ class LatentCache:
         *,
         dtype: DTypeLike | None = None,
         page_size: int = DEFAULT_PAGE_SIZE,
-        num_shares: int = 1,
+        num_shards: int = 1,
     ) -> LatentCache:
         """A cache of no tokens.
 
         Args:
           max_tokens: longest sequence, prompt and continuation together.
           dtype: of the rows, float32, bfloat16 or float16; None takes config.dtype.
-          num_shares: devices that are to hold the pages of each sequence between them; a sequence
-            gets equally many pages of each.
+          num_shards: number of context-parallel shards; every sequence gets the same number of
+            pages on each.
 
         Raises:
           ValueError: a size is not positive, or the dtype is another one.
@@ -65,15 +66,15 @@ class LatentCache:
         Cost: L * B * max_tokens * (C + R) numbers of memory.
         """
         check_positive(
-            batch=batch, max_tokens=max_tokens, page_size=page_size, num_shares=num_shares
+            batch=batch, max_tokens=max_tokens, page_size=page_size, num_shards=num_shards
         )
-        each = num_shares * -(-max_tokens // (page_size * num_shares))
+        each = num_shards * -(-max_tokens // (page_size * num_shards))
         pages = _zero_pages(config, batch * each, page_size, dtype)
-        return cls(pages, jnp.zeros(batch, jnp.int32), num_shares)
+        return cls(pages, jnp.zeros(batch, jnp.int32), num_shards)
 
     @property
     def page_table(self) -> Int[Array, "B max_pages"]:
-        return _counting_table(self.lengths.shape[0], self.pages.shape[1], self.num_shares)
+        return _counting_table(self.lengths.shape[0], self.pages.shape[1], self.num_shards)
 
 
 @jax.tree_util.register_dataclass
@@ -99,43 +100,71 @@ class PagedLatentCache:
         page_size: int = DEFAULT_PAGE_SIZE,
         *,
         batch: int = 1,
-        page_table: Int[Array, "B max_pages"] | np.ndarray | None = None,
         dtype: DTypeLike | None = None,
-        num_shares: int = 1,
+        num_shards: int = 1,
     ) -> PagedLatentCache:
-        """A cache of no tokens.
+        """A cache of no tokens whose pages are assigned to the sequences in order.
 
         Args:
-          num_pages: pages in the pool.
-          batch: sequences; ignored when `page_table` is given.
-          page_table: None gives every sequence as many of the pool's pages.
+          num_pages: pages in the pool. Every sequence gets the same number of them on each shard;
+            what is left over stays unused.
+          batch: sequences.
           dtype: of the rows, float32, bfloat16 or float16; None takes config.dtype.
-          num_shares: of the pool, for rules.context; ignored when `page_table` is given, whose
-            column j must name pages of share j % num_shares.
+          num_shards: number of context-parallel shards, see `LatentCache`.
 
         Raises:
-          ValueError: the pool has fewer pages than sequences, a size is not positive, the page
-            table is not [B, max_pages] of integers of 32 bits, or the dtype is another one.
+          ValueError: the pool has fewer pages than sequences on a shard, a size is not positive, or
+            the dtype is another one.
+
+        Cost: L * num_pages * page_size * (C + R) numbers of memory.
         """
-        check_positive(num_pages=num_pages, page_size=page_size, batch=batch, num_shares=num_shares)
-        if page_table is None:
-            if num_pages < batch * num_shares:
-                of_shares = f" of each of num_shares={num_shares}" if num_shares > 1 else ""
-                raise ValueError(
-                    f"num_pages={num_pages} cannot give each of batch={batch} a page{of_shares}"
-                )
-            page_table = _counting_table(batch, num_pages, num_shares)
-        page_table = as_array("page_table", page_table)
-        if page_table.ndim != 2 or 0 in page_table.shape:
+        check_positive(num_pages=num_pages, page_size=page_size, batch=batch, num_shards=num_shards)
+        if num_pages < batch * num_shards:
+            shards = f" and num_shards={num_shards}" if num_shards > 1 else ""
             raise ValueError(
-                f"page_table must have 2 axes [B, max_pages], got shape {page_table.shape}"
+                f"num_pages must be at least {batch * num_shards}, one page per sequence and shard "
+                f"for batch={batch}{shards}, got {num_pages}"
             )
-        page_table = as_int32("page_table", page_table)
-        lengths = jnp.zeros(page_table.shape[0], jnp.int32)
-        return cls(_zero_pages(config, num_pages, page_size, dtype), lengths, page_table)
+        return cls(
+            _zero_pages(config, num_pages, page_size, dtype),
+            jnp.zeros(batch, jnp.int32),
+            _counting_table(batch, num_pages, num_shards),
+        )
+
+    @classmethod
+    def with_table(
+        cls,
+        config: DeepSeekConfig,
+        page_table: Int[Array | np.ndarray, "B max_pages"] | Sequence[Sequence[int]],
+        *,
+        num_pages: int,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        dtype: DTypeLike | None = None,
+    ) -> PagedLatentCache:
+        """A cache of no tokens that uses the pages of a table of one's own.
+
+        Args:
+          page_table: row b names the pages of sequence b. Under context parallelism column j must
+            name pages of shard j % num_shards.
+          num_pages: pages in the pool.
+          dtype: as in `empty`.
+
+        Raises:
+          ValueError: the page table is not [B, max_pages] of integers that fit into 32 bits, a size
+            is not positive, or the dtype is another one.
+        """
+        check_positive(num_pages=num_pages, page_size=page_size)
+        table = as_array("page_table", page_table)
+        if table.ndim != 2 or 0 in table.shape:
+            raise ValueError(
+                f"page_table must be Int[B max_pages], none of them 0, got shape {table.shape}"
+            )
+        table = as_int32("page_table", table)
+        lengths = jnp.zeros(table.shape[0], jnp.int32)
+        return cls(_zero_pages(config, num_pages, page_size, dtype), lengths, table)
 
 
-Cache = TypeVar("Cache", LatentCache, PagedLatentCache)
+Cache: TypeAlias = LatentCache | PagedLatentCache
 
 
 def _zero_pages(
@@ -145,9 +174,9 @@ def _zero_pages(
     return jnp.zeros(shape, check_dtype(config.dtype if dtype is None else dtype))
 
 
-def _counting_table(batch: int, num_pages: int, num_shares: int) -> Int[Array, "B max_pages"]:
-    """Equally many pages of each share for every sequence, as they come; some may be left over."""
-    each = num_pages // (batch * num_shares)
-    table = jnp.arange(num_shares * (num_pages // num_shares), dtype=jnp.int32)
-    table = table.reshape(num_shares, -1)[:, : batch * each].reshape(num_shares, batch, each)
-    return table.transpose(1, 2, 0).reshape(batch, each * num_shares)
+def _counting_table(batch: int, num_pages: int, num_shards: int) -> Int[Array, "B max_pages"]:
+    """Assigns pages in order, the same number per sequence and shard; remainders stay unused."""
+    each = num_pages // (batch * num_shards)
+    table = jnp.arange(num_shards * (num_pages // num_shards), dtype=jnp.int32)
+    table = table.reshape(num_shards, -1)[:, : batch * each].reshape(num_shards, batch, each)
+    return table.transpose(1, 2, 0).reshape(batch, each * num_shards)

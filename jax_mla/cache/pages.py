@@ -1,23 +1,24 @@
-"""Pages of a latent cache: its capacity, one layer's pages, appending rows, counting them."""
+"""Pages of a latent cache: capacity, one layer's pages, appending rows, changing lengths."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_mla.cache.latent import Cache, LatentCache, PagedLatentCache
+from jax_mla.cache.latent import Cache
 
 
-def capacity(cache: LatentCache | PagedLatentCache) -> int:
+def capacity(cache: Cache) -> int:
     """The most tokens that one sequence can hold."""
     return cache.page_table.shape[1] * cache.pages.shape[2]
 
 
 def layer_pages(
-    cache: LatentCache | PagedLatentCache, layer: int | Array
-) -> tuple[Float[Array, "num_pages page_size X"], Int[Array, "B max_pages"]]:
+    cache: Cache, layer: int | Int[Array, ""]
+) -> tuple[Float[Array, "all_pages page_size X"], Int[Array, "B max_pages"]]:
     """All layers' pages as one pool, and the table of one layer in it. Copies nothing."""
     num_layers, num_pages, page_size, width = cache.pages.shape
     pool = cache.pages.reshape(num_layers * num_pages, page_size, width)
@@ -25,9 +26,12 @@ def layer_pages(
 
 
 def append(
-    cache: Cache, layer: int | Array, rows: Float[Array, "B T X"], num_new: Int[Array, " B"]
+    cache: Cache,
+    layer: int | Int[Array, ""],
+    rows: Float[Array, "B T X"],
+    num_new: Int[Array, " B"],
 ) -> Cache:
-    """Writes the first `num_new[b]` of T rows behind the cached ones of sequence b.
+    """Writes the first `num_new[b]` of T rows after the cached ones of sequence b.
 
     Lengths stay as they are until `advance`, because all layers append at the same place. Rows
     beyond the capacity, and rows whose table entry names no page, are dropped.
@@ -52,5 +56,29 @@ def append(
 
 
 def advance(cache: Cache, num_new: Int[Array, " B"] | Bool[Array, " B"]) -> Cache:
-    """Counts the rows that `append` was given, whether or not there was room for them."""
+    """Advances lengths by num_new, including rows that `append` dropped because the cache was full.
+
+    The passes of `DeepSeek` append and leave the lengths; `prefill` and `decode_step` advance them.
+    """
     return dataclasses.replace(cache, lengths=cache.lengths + num_new.astype(jnp.int32))
+
+
+def truncate(cache: Cache, lengths: Int[Array | np.ndarray, " B"]) -> Cache:
+    """Forgets all but the first `lengths[b]` tokens of every sequence b, as after a rejected draft.
+
+    A sequence that holds no more keeps its length; a length below 0 counts as 0. Rows stay where
+    they are until they are written over, and are never read. No length is read back from the
+    device, so this works inside and outside of jit alike.
+
+    Raises:
+      ValueError: lengths are not one integer per sequence.
+    """
+    if np.shape(lengths) != cache.lengths.shape:
+        raise ValueError(
+            f"lengths must be Int[B] for the {cache.lengths.shape[0]} sequences of the cache, got "
+            f"shape {np.shape(lengths)}"
+        )
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"lengths must be integers, got dtype {lengths.dtype}")
+    kept = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, cache.lengths)
+    return dataclasses.replace(cache, lengths=kept)

@@ -1,13 +1,20 @@
-"""Numbers and arrays as callers pass them in: read as they are, or refused by name."""
+"""Arrays as callers pass them in: values that the host can read, and conversions by name.
+
+An array is a jax.Array, traced or not, or a numpy array; lists and numbers count as numpy arrays.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int, Shaped
 
+from jax_mla.checks.sizes import check_one_of
 from jax_mla.config.model import DTYPES
 
 
@@ -17,13 +24,16 @@ def check_dtype(dtype: DTypeLike) -> str:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name} is not one of {', '.join(DTYPES)}")
+    check_one_of("dtype", name, DTYPES)
     return name
 
 
-def concrete(x) -> np.ndarray | None:
-    """The values of x, or None while they are being traced or live on other hosts only."""
+def concrete(x: Any) -> np.ndarray | None:
+    """The values of x where this process can read them by itself, otherwise None.
+
+    It cannot while x is traced, nor where parts of x are on other hosts only; an array replicated
+    over several hosts can be read. `pallas_kernels.checks.host_values` follows the same rule.
+    """
     if isinstance(x, Tracer):
         return None
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -31,7 +41,7 @@ def concrete(x) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def as_array(name: str, x) -> jax.Array | np.ndarray:
+def as_array(name: str, x: Any) -> Shaped[Array | np.ndarray, ...]:
     """x where it is an array, traced or not; lists and numbers as an array on the host."""
     if isinstance(x, jax.Array | np.ndarray):
         return x
@@ -41,7 +51,7 @@ def as_array(name: str, x) -> jax.Array | np.ndarray:
         raise ValueError(f"{name} must be an array, got {x!r:.60}") from None
 
 
-def as_int32(name: str, x) -> jax.Array:
+def as_int32(name: str, x: Any) -> Int[Array, ...]:
     """x as an array of int32: lists are read, and no number is rounded or wrapped around.
 
     Converted on the host where x is there: on a device each shape would compile a program.

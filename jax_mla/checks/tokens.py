@@ -1,16 +1,24 @@
-"""Checks of tokens and what comes with them, before any device work where values are concrete."""
+"""Checks of tokens and of the arrays beside them: positions, segment ids, masks, lengths.
+
+All raise before any device work. Values are checked where the host can read them.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from jax_mla.checks.arrays import as_array, as_int32, concrete
 from jax_mla.config.model import DeepSeekConfig, check_config
 
 
-def check_tokens(tokens, config: DeepSeekConfig, *, num_axes: tuple[int, ...] = (2,)) -> jax.Array:
+def check_tokens(
+    tokens: Any, config: DeepSeekConfig, *, num_axes: tuple[int, ...] = (2,)
+) -> Int[Array, ...]:
     """Token ids as int32, all of them within the vocabulary."""
     check_config(config)
     tokens = as_array("tokens", tokens)
@@ -25,7 +33,8 @@ def check_tokens(tokens, config: DeepSeekConfig, *, num_axes: tuple[int, ...] = 
         outside = values[(values < 0) | (values >= config.vocab_size)]
         if outside.size:
             raise ValueError(
-                f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}"
+                f"token ids must be from 0 to {config.vocab_size - 1}, the vocabulary, "
+                f"got {outside[0]}"
             )
     if tokens.ndim == 2:
         check_rope(tokens.shape[1], config)
@@ -37,19 +46,24 @@ def check_rope(num_tokens: int, config: DeepSeekConfig) -> None:
     limit = None if config.rope_scaling is None else config.rope_scaling.max_tokens
     if limit is not None and num_tokens > limit:
         raise ValueError(
-            f"longrope computes up to original_max_position_embeddings={limit} tokens a sequence, "
-            f"got {num_tokens}; longer ones need its long_factor, which is not supported"
+            f"sequences must have at most original_max_position_embeddings={limit} tokens, got "
+            f"{num_tokens}: longrope's long_factor, for longer ones, is not supported"
         )
 
 
-def check_same_shape(tokens: jax.Array, **others) -> None:
+def check_same_shape(tokens: jax.Array, **others: Any) -> None:
+    """Every other array has an entry per token; None is left out."""
     for name, other in others.items():
         if other is not None and np.shape(other) != tokens.shape:
-            raise ValueError(f"{name} has shape {np.shape(other)}, tokens have {tokens.shape}")
+            raise ValueError(
+                f"{name} must have the shape of tokens, {tokens.shape}, got {np.shape(other)}"
+            )
 
 
-def check_aligned(tokens: jax.Array, config: DeepSeekConfig, positions, segment_ids):
-    """Positions and segment ids as int32, one for every token; None stays None."""
+def check_aligned(
+    tokens: Int[Array, "B T"], config: DeepSeekConfig, positions: Any, segment_ids: Any
+) -> tuple[Int[Array, "B T"] | None, Int[Array, "B T"] | None]:
+    """Positions and segment ids as int32, one per token; None stays None."""
     check_same_shape(tokens, positions=positions, segment_ids=segment_ids)
     if positions is not None:
         positions = as_int32("positions", positions)
@@ -59,35 +73,35 @@ def check_aligned(tokens: jax.Array, config: DeepSeekConfig, positions, segment_
 
 
 def check_batch(
-    tokens, config: DeepSeekConfig, segment_ids, loss_mask
-) -> tuple[jax.Array, jax.Array | None]:
-    """Tokens and segment ids of a batch to be trained on, as int32; None stays None."""
+    tokens: Any, config: DeepSeekConfig, segment_ids: Any, loss_mask: Any
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"] | None]:
+    """Tokens and segment ids of a training batch as int32; None stays None."""
     tokens = check_tokens(tokens, config)
     _, segment_ids = check_aligned(tokens, config, None, segment_ids)
     check_same_shape(tokens, loss_mask=loss_mask)
     if loss_mask is not None and (dtype := jnp.result_type(loss_mask)) != np.bool_:
-        raise ValueError(f"loss_mask must be true or false, got dtype {dtype}")
+        raise ValueError(f"loss_mask must be bool, got dtype {dtype}")
     if tokens.shape[1] < 2:
         raise ValueError(
-            f"a loss needs at least 2 tokens a row, got tokens of shape {tokens.shape}"
+            f"tokens must have at least 2 per row for a loss, got shape {tokens.shape}"
         )
     return tokens, segment_ids
 
 
-def check_lengths(lengths, tokens: jax.Array) -> jax.Array:
-    """Valid tokens of each row; all of them when None."""
+def check_lengths(lengths: Any, tokens: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """Valid tokens of each row as int32; None means all."""
     batch, num_tokens = tokens.shape
     if lengths is None:
         return jnp.asarray(np.full(batch, num_tokens, np.int32))
     lengths = as_array("lengths", lengths)
     if lengths.shape != (batch,):
         raise ValueError(
-            f"lengths have shape {lengths.shape}, tokens {tokens.shape} need ({batch},)"
+            f"lengths must have shape ({batch},), one per row of tokens, got {lengths.shape}"
         )
     if (values := concrete(lengths)) is not None:
         outside = values[(values < 0) | (values > num_tokens)]
         if outside.size:
             raise ValueError(
-                f"length {outside[0]} is not between 0 and the {num_tokens} tokens given"
+                f"lengths must be from 0 to {num_tokens}, the tokens of a row, got {outside[0]}"
             )
     return as_int32("lengths", lengths)

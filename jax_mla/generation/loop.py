@@ -132,7 +132,7 @@ def _start(params, run: _Run, tokens, lengths, key, options, new_bucket) -> _Sta
         batch,
         num_tokens + new_bucket,
         dtype=params["embed_tokens"]["weight"].dtype,
-        num_shares=1 if model.placement is None else model.placement.num_shards("context"),
+        num_shards=1 if model.placement is None else model.placement.num_shards("context"),
     )
     phase = model.prefilling(tokens, cache, lengths, has_context=False)
     out = model.run(tokens, phase, cache)

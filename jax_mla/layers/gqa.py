@@ -1,4 +1,4 @@
-"""Grouped-query attention (MHA, GQA and MQA in one module), to compare with latent attention."""
+"""Grouped-query attention, which is MHA, GQA and MQA, as a baseline for latent attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from pallas_kernels import flash_attention, merge_attention
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of one layer: 2 * G * head_dim numbers a token, G the number of kv heads."""
+    """Keys and values of one layer: 2 * G * K numbers per token, G the number of kv heads.
+
+    Attributes:
+      lengths: tokens in cache; rows beyond are never read.
+    """
 
     keys: Float[Array, "B S G K"]
     values: Float[Array, "B S G K"]
@@ -38,6 +42,9 @@ class KeyValueCache:
     ) -> KeyValueCache:
         """A cache of no tokens.
 
+        Args:
+          num_kv_heads: G. head_dim: K.
+
         Raises:
           ValueError: a size is not positive, or dtype is not float32, bfloat16 or float16.
         """
@@ -54,7 +61,7 @@ class GroupedQueryAttention(nnx.Module):
     G = N is multi-head attention, G = 1 multi-query attention. Rotary pairs are halves of a head.
 
     Args:
-      hidden_size: D. num_heads: N. num_kv_heads: G, a divisor of N. head_dim: width of a head.
+      hidden_size: D. num_heads: N. num_kv_heads: G, a divisor of N. head_dim: K, width of a head.
 
     Raises:
       ValueError: a size is not positive, num_kv_heads does not divide num_heads, or head_dim is
@@ -80,9 +87,11 @@ class GroupedQueryAttention(nnx.Module):
             head_dim=head_dim,
         )  # fmt: skip
         if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
+            raise ValueError(
+                f"num_kv_heads must be a divisor of num_heads={num_heads}, got {num_kv_heads}"
+            )
         if head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be even to be rotated in pairs")
+            raise ValueError(f"head_dim must be even to be rotated in pairs, got {head_dim}")
         self.rope_theta = rope_theta
         axes = ("embed", "heads", "head_dim")
         linear = functools.partial(Linear, rngs=rngs, stddev=stddev, dtype=dtype)
@@ -116,18 +125,21 @@ class GroupedQueryAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Attends T new tokens to the cache and to themselves, and appends them.
 
-        Under jit the cache's room cannot be checked: tokens beyond it are not kept, yet counted.
+        The returned cache counts them: its lengths are advanced by T, unlike after `MLA.prefill`
+        and `MLA.decode`, whose cache holds all layers and is advanced once after the last one.
+        Under jit the cache's room cannot be checked: tokens beyond it are dropped, yet counted.
 
         Raises:
           ValueError: the batches differ, or the tokens do not fit into the cache.
         """
         batch, max_tokens = cache.keys.shape[:2]
         if x.shape[0] != batch:
-            raise ValueError(f"the cache holds {batch} sequences, x has {x.shape[0]}")
+            raise ValueError(f"x must have {batch} sequences, as the cache, got {x.shape[0]}")
         if (lengths := concrete(cache.lengths)) is not None:
             if (needed := int(lengths.max()) + x.shape[1]) > max_tokens:
                 raise ValueError(
-                    f"a sequence would hold {needed} tokens, the cache has room for {max_tokens}"
+                    f"every sequence must fit into the cache, which has room for {max_tokens} "
+                    f"tokens, got {needed}"
                 )
         positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         q, k, v = self._project(x, positions)
@@ -145,9 +157,9 @@ class GroupedQueryAttention(nnx.Module):
         )
         return self.o_proj(out.astype(x.dtype)), cache
 
-    def _project(self, x, positions):
-        q = self.q_proj(x)
-        k = self.k_proj(x)
-        v = self.v_proj(x)
+    def _project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         tables = rope_tables(positions, q.shape[-1], self.rope_theta)
         return rotate(q, *tables, interleaved=False), rotate(k, *tables, interleaved=False), v

@@ -33,8 +33,8 @@ CONFIG = dataclasses.replace(
     first_k_dense_replace=2,  # no experts: what is split here are positions
 )
 RULES = layouts.context_parallel()
-SHARES, B, T = 4, 4, 32
-SIZES = {"data": 2, "sequence": SHARES}
+SHARDS, B, T = 4, 4, 32
+SIZES = {"data": 2, "sequence": SHARDS}
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +105,10 @@ def test_every_device_sees_equally_many_keys(form, mesh, rng):
             check_vma=False,
         )
     )(*zeros, rows, *weights)
-    seen = np.exp(np.asarray(lse)[0, :, 0]).round().astype(int).reshape(2 * SHARES, -1)
-    position = np.arange(T).reshape(2 * SHARES, -1)[stripe_order(SHARES)]
+    seen = np.exp(np.asarray(lse)[0, :, 0]).round().astype(int).reshape(2 * SHARDS, -1)
+    position = np.arange(T).reshape(2 * SHARDS, -1)[stripe_order(SHARDS)]
     np.testing.assert_array_equal(seen, position + 1)
-    assert set(seen.reshape(SHARES, -1).sum(axis=1)) == {T * (T + 1) // 2 // SHARES}
+    assert set(seen.reshape(SHARDS, -1).sum(axis=1)) == {T * (T + 1) // 2 // SHARDS}
 
 
 @pytest.mark.slow
@@ -160,16 +160,18 @@ def split_cache(kind, page_size=4, max_pages=12):
     if kind == "dense":
         max_tokens = page_size * max_pages
         return jax_mla.LatentCache.empty(
-            CONFIG, B, max_tokens, page_size=page_size, num_shares=SHARES
+            CONFIG, B, max_tokens, page_size=page_size, num_shards=SHARDS
         )
-    # Column j names pages of share j % SHARES, of which each part of the batch has a half.
-    each = B // 2 * max_pages // SHARES
+    # Column j names pages of shard j % SHARDS, of which each part of the batch has a half.
+    each = B // 2 * max_pages // SHARDS
     pools = np.random.default_rng(2).permuted(
-        np.arange(SHARES * 2 * each).reshape(-1, each), axis=1
+        np.arange(SHARDS * 2 * each).reshape(-1, each), axis=1
     )
-    pools = pools.reshape(SHARES, B, max_pages // SHARES)
+    pools = pools.reshape(SHARDS, B, max_pages // SHARDS)
     table = pools.transpose(1, 2, 0).reshape(B, max_pages)
-    return jax_mla.PagedLatentCache.empty(CONFIG, table.size, page_size, page_table=table)
+    return jax_mla.PagedLatentCache.with_table(
+        CONFIG, table, num_pages=table.size, page_size=page_size
+    )
 
 
 @pytest.mark.parametrize("kind", ["paged", pytest.param("dense", marks=pytest.mark.slow)])
@@ -226,7 +228,7 @@ def test_kernels_compile_for_eight_h200s(program, monkeypatch):
         shapes,
         jax_mla.param_shardings(config, mesh, RULES),
     )
-    cache = jax.eval_shape(lambda: jax_mla.LatentCache.empty(config, 2, 4096, num_shares=8))
+    cache = jax.eval_shape(lambda: jax_mla.LatentCache.empty(config, 2, 4096, num_shards=8))
     pages = on_mesh(cache.pages, None, ("context", "batch"), None, None)
     cache = dataclasses.replace(cache, pages=pages, lengths=on_mesh(cache.lengths, "batch"))
     run = jax_mla.decode_step if program == "decode" else jax_mla.prefill
@@ -242,30 +244,30 @@ def test_kernels_compile_for_eight_h200s(program, monkeypatch):
 
 
 @given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 5))
-def test_own_lengths_count_the_tokens_of_every_nth_page(length, page_size, num_shares):
-    share = np.arange(length) // page_size % num_shares
+def test_own_lengths_count_the_tokens_of_every_nth_page(length, page_size, num_shards):
+    shard = np.arange(length) // page_size % num_shards
     lengths = jnp.asarray([length])
-    for rank in range(num_shares):
-        assert own_lengths(lengths, page_size, num_shares, rank) == (share == rank).sum()
+    for rank in range(num_shards):
+        assert own_lengths(lengths, page_size, num_shards, rank) == (shard == rank).sum()
 
 
-@pytest.mark.parametrize(("batch", "num_pages", "num_shares"), [(3, 24, 4), (2, 27, 3), (1, 7, 1)])
-def test_tables_deal_pages_round_robin(batch, num_pages, num_shares):
-    cache = jax_mla.PagedLatentCache.empty(CONFIG, num_pages, 1, batch=batch, num_shares=num_shares)
+@pytest.mark.parametrize(("batch", "num_pages", "num_shards"), [(3, 24, 4), (2, 27, 3), (1, 7, 1)])
+def test_tables_deal_pages_round_robin(batch, num_pages, num_shards):
+    cache = jax_mla.PagedLatentCache.empty(CONFIG, num_pages, 1, batch=batch, num_shards=num_shards)
     table = np.asarray(cache.page_table)
     assert (
         table.size
         == len(set(table.ravel()))
-        == num_pages // (batch * num_shares) * num_shares * batch
+        == num_pages // (batch * num_shards) * num_shards * batch
     )
-    of_share = num_pages // num_shares
-    want = np.broadcast_to(np.arange(table.shape[1]) % num_shares, table.shape)
-    np.testing.assert_array_equal(table // of_share, want)
+    of_shard = num_pages // num_shards
+    want = np.broadcast_to(np.arange(table.shape[1]) % num_shards, table.shape)
+    np.testing.assert_array_equal(table // of_shard, want)
 
 
 @pytest.mark.parametrize("scatter", [False, True], ids=["psum", "scatter"])
 def test_merging_over_devices(scatter, mesh, rng):
-    scores, values = rng.standard_normal((8, SHARES * 3)), rng.standard_normal((SHARES * 3, 5))
+    scores, values = rng.standard_normal((8, SHARDS * 3)), rng.standard_normal((SHARDS * 3, 5))
     is_seen = rng.random(scores.shape) < 0.4
     is_seen[0], is_seen[1, :6], is_seen[2] = False, False, True  # of none, not of all, of all
     weight = np.where(is_seen, np.exp(scores), 0)
@@ -275,7 +277,7 @@ def test_merging_over_devices(scatter, mesh, rng):
             np.where(total[:, None] > 0, weight @ values / total[:, None], 0),
             np.log(total),
         )
-        parts = [slice(3 * d, 3 * d + 3) for d in range(SHARES)]
+        parts = [slice(3 * d, 3 * d + 3) for d in range(SHARDS)]
         lse = np.stack([np.log(weight[:, p].sum(axis=1)) for p in parts])
         out = np.stack(
             [weight[:, p] @ values[p] / weight[:, p].sum(axis=1, keepdims=True) for p in parts]
@@ -321,16 +323,20 @@ def test_rules_that_collide_are_refused(fields, message):
         jax_mla.ShardingRules(**fields)
 
 
-def test_a_cache_of_other_shares_is_refused(placed, tokens):
+def test_a_cache_of_other_shards_is_refused(placed, tokens):
     cache = jax_mla.LatentCache.empty(CONFIG, B, 64, page_size=4)
-    with pytest.raises(ValueError, match=r"num_shares=1, the rules split it over 4 devices"):
+    with pytest.raises(
+        ValueError, match=r"num_shards of the cache must be 4 for context=.*, got 1"
+    ):
         jax_mla.prefill(placed, CONFIG, tokens, cache, rules=RULES)
     cache = jax_mla.PagedLatentCache.empty(CONFIG, B * 16, 4, batch=B)
-    message = r"page_table\[0, 1\] is 1, entry 1 of sequence 0 is on devices .* pages 16 to 23"
+    message = r"page_table\[0, 1\] must be one of pages 16 to 23, .* entry 1 of sequence 0, got 1"
     with pytest.raises(ValueError, match=message):
         jax_mla.prefill(placed, CONFIG, tokens, cache, rules=RULES)
     cache = jax_mla.PagedLatentCache.empty(CONFIG, 60, 4, batch=B)
-    with pytest.raises(ValueError, match="a cache of 60 pages cannot be split over 8 devices"):
+    with pytest.raises(
+        ValueError, match="must be a multiple of 8, the devices that hold them, got 60"
+    ):
         jax_mla.prefill(placed, CONFIG, tokens, cache, rules=RULES)
 
 

@@ -112,7 +112,7 @@ def test_decoding_from_a_split_cache_sends_outputs_only():
     recipe = layouts.context_parallel()
     mesh = jax_mla.make_mesh(sequence=4)
     cache = jax.eval_shape(
-        lambda: jax_mla.LatentCache.empty(CONFIG, B, 64, page_size=8, num_shares=4)
+        lambda: jax_mla.LatentCache.empty(CONFIG, B, 64, page_size=8, num_shards=4)
     )
     pages = NamedSharding(mesh, partition_spec(recipe, (None, ("context", "batch"), None, None)))
     pages = jax.ShapeDtypeStruct(cache.pages.shape, cache.pages.dtype, sharding=pages)

@@ -34,8 +34,8 @@ def logits(params, tokens):
 def paged(batch=3, pages_each=6, page_size=8, extra=4, seed=0):
     table = np.random.default_rng(seed).permutation(batch * pages_each + extra)
     table = table[: batch * pages_each].reshape(batch, pages_each)
-    return jax_mla.PagedLatentCache.empty(
-        CONFIG, batch * pages_each + extra, page_size, page_table=table
+    return jax_mla.PagedLatentCache.with_table(
+        CONFIG, table, num_pages=batch * pages_each + extra, page_size=page_size
     )
 
 
@@ -125,7 +125,7 @@ def test_sequences_may_share_pages(params, tokens, logits):
     """Two sequences whose first two pages are the same hold one prefix once."""
     prompt = np.stack([tokens[0, :16]] * 2)
     table = np.asarray([[5, 2, 0, 7], [5, 2, 1, 6]])
-    cache = jax_mla.PagedLatentCache.empty(CONFIG, 8, 8, page_table=table)
+    cache = jax_mla.PagedLatentCache.with_table(CONFIG, table, num_pages=8, page_size=8)
     _, cache = jax_mla.prefill(params, CONFIG, prompt, cache, lengths=[16, 0])
     cache = dataclasses.replace(cache, lengths=jnp.asarray([16, 16]))
     a, b = tokens[0, 16], (tokens[0, 16] + 1) % CONFIG.vocab_size
@@ -214,7 +214,7 @@ def test_longrope_computes_up_to_the_original_length(params, tokens):
     _, cache = jax_mla.prefill(params, LONG, tokens[:, :31], cache)
     got, cache = jax_mla.decode_step(params, LONG, tokens[:, 31], cache)
     assert_close(got, want[:, 31], "float32")
-    with pytest.raises(ValueError, match="=32 tokens a sequence, got 33; longer ones need"):
+    with pytest.raises(ValueError, match="=32 tokens, got 33: longrope"):
         jax_mla.decode_step(params, LONG, tokens[:, 32], cache)
     same = dataclasses.replace(LONGROPE, long_factor=LONGROPE.short_factor)
     jax_mla.decode_step(params, dataclasses.replace(LONG, rope_scaling=same), tokens[:, 32], cache)
@@ -223,7 +223,7 @@ def test_longrope_computes_up_to_the_original_length(params, tokens):
 def test_longrope_needs_a_cache_that_cannot_exceed_it_under_jit(params, tokens):
     step = jax.jit(lambda p, t, c: jax_mla.decode_step(p, LONG, t, c))
     step(params, tokens[:, 0], jax_mla.LatentCache.empty(LONG, 3, 32, page_size=32))
-    with pytest.raises(ValueError, match="=32 tokens a sequence, got 48"):
+    with pytest.raises(ValueError, match="=32 tokens, got 48"):
         step(params, tokens[:, 0], jax_mla.LatentCache.empty(LONG, 3, 48, page_size=48))
 
 
@@ -246,7 +246,7 @@ def prefilled(**fields):
 
 
 def with_table(table, cached=0, new=16):
-    """Prefills `new` tokens behind `cached` ones into pages of 8 tokens."""
+    """Prefills `new` tokens after `cached` ones into pages of 8 tokens."""
 
     def call(params, tokens, cache):
         cache = dataclasses.replace(
@@ -264,19 +264,19 @@ BAD = {
     ),
     "a_page_twice_in_a_row": (
         with_table([[0, 0], [2, 3], [4, 5]]),
-        r"page_table\[0, 0\] and page_table\[0, 1\] are both page 0, which would be written",
+        r"page_table\[0, 0\] and page_table\[0, 1\] must differ, got page 0 twice: it would be w",
     ),
     "a_page_in_two_rows": (
         with_table([[0, 1], [0, 3], [4, 5]]),
-        r"page_table\[0, 0\] and page_table\[1, 0\] are both page 0",
+        r"page_table\[0, 0\] and page_table\[1, 0\] must differ, got page 0",
     ),
     "a_page_that_is_half_full_in_two_rows": (
         with_table([[0, 1], [2, 3], [4, 1]], cached=12, new=2),
-        r"page_table\[0, 1\] and page_table\[2, 1\] are both page 1",
+        r"page_table\[0, 1\] and page_table\[2, 1\] must differ, got page 1",
     ),
     "a_page_written_here_and_read_there": (
         with_table([[0, 1], [1, 3], [4, 5]], cached=8, new=8),
-        r"page_table\[0, 1\] and page_table\[1, 0\] are both page 1",
+        r"page_table\[0, 1\] and page_table\[1, 0\] must differ, got page 1",
     ),
     "negative_lengths": (prefilled(lengths=jnp.asarray([0, -1, 0])), "at least 0, got -1"),
     "float_lengths": (prefilled(lengths=jnp.zeros(3)), "cache.lengths must be integers, got dtype"),
@@ -287,7 +287,7 @@ BAD = {
     ),
     "a_row_for_all": (
         prefilled(page_table=jnp.asarray([[0, 1, 2]])),
-        "cache.page_table has 1 rows, cache.lengths 3",
+        "cache.page_table must have a row for each of 3 cache.lengths, got 1",
     ),
     "float_table": (prefilled(page_table=jnp.zeros((3, 2))), "page_table must be integers, got"),
     "pages_of_3_axes": (
@@ -296,13 +296,13 @@ BAD = {
     ),
     "integer_pages": (
         prefilled(pages=jnp.zeros((3, 22, 8, 80), jnp.int32)),
-        "cache.pages has dtype int32, not one of float32, bfloat16, float16",
+        "cache.pages must be one of float32, bfloat16, float16, got 'int32'",
     ),
     "dense_pages": (
         lambda p, t, c: jax_mla.prefill(
             p, CONFIG, t, jax_mla.LatentCache(c.pages[:, :4], c.lengths)
         ),
-        "4 pages cannot be a dense cache of 3 sequences",
+        "a dense cache of 3 sequences must be a multiple of 3, got 4",
     ),
     "no_cache": (
         lambda p, t, c: jax_mla.prefill(p, CONFIG, t, None),
@@ -326,19 +326,19 @@ BAD = {
     ),
     "longrope": (
         lambda p, t, c: jax_mla.forward(p, LONG, t),
-        "original_max_position_embeddings=32 tokens a sequence, got 40",
+        "at most original_max_position_embeddings=32 tokens, got 40",
     ),
     "longrope_positions": (
         lambda p, t, c: jax_mla.forward(
             p, LONG, t[:, :8], positions=np.full((3, 8), 32), form="expanded"
         ),
-        "=32 tokens a sequence, got 33",
+        "=32 tokens, got 33",
     ),
     "longrope_prefill": (
         lambda p, t, c: jax_mla.prefill(
             p, LONG, t[:, :8], dataclasses.replace(c, lengths=jnp.asarray([0, 25, 3]))
         ),
-        "=32 tokens a sequence, got 33",
+        "=32 tokens, got 33",
     ),
     "form": (
         lambda p, t, c: jax_mla.forward(p, CONFIG, t, form="absorb"),
@@ -360,9 +360,12 @@ BAD = {
     ),
     "vocabulary": (
         lambda p, t, c: jax_mla.forward(p, CONFIG, t + 300),
-        "outside the vocabulary of 320",
+        "token ids must be from 0 to 319, the vocabulary, got ",
     ),
-    "negative": (lambda p, t, c: jax_mla.forward(p, CONFIG, t - 1000), "token id -.* outside"),
+    "negative": (
+        lambda p, t, c: jax_mla.forward(p, CONFIG, t - 1000),
+        "from 0 to 319, the vocabulary, got -",
+    ),
     "floats": (lambda p, t, c: jax_mla.forward(p, CONFIG, t * 1.0), "must be integers, got dtype"),
     "axes": (
         lambda p, t, c: jax_mla.forward(p, CONFIG, t[0]),
@@ -371,35 +374,35 @@ BAD = {
     "no_tokens": (lambda p, t, c: jax_mla.forward(p, CONFIG, t[:, :0]), "at least one token"),
     "segments": (
         lambda p, t, c: jax_mla.forward(p, CONFIG, t, segment_ids=t[:, :3]),
-        r"segment_ids has shape \(3, 3\), tokens have \(3, 40\)",
+        r"segment_ids must have the shape of tokens, \(3, 40\), got \(3, 3\)",
     ),
     "lengths": (
         lambda p, t, c: jax_mla.prefill(p, CONFIG, t, c, lengths=np.asarray([1, 41, 2])),
-        "length 41 is not between 0 and the 40",
+        "lengths must be from 0 to 40, the tokens of a row, got 41",
     ),
     "lengths_shape": (
         lambda p, t, c: jax_mla.prefill(p, CONFIG, t, c, lengths=np.asarray([1, 2])),
-        r"lengths have shape \(2,\), tokens \(3, 40\)",
+        r"lengths must have shape \(3,\), one per row of tokens, got \(2,\)",
     ),
     "capacity": (
         lambda p, t, c: jax_mla.prefill(p, CONFIG, np.tile(t, 2), c),
-        "would hold 80 tokens, the cache has room for 48",
+        "sequence 0 must fit into the cache, which has room for 48 tokens, got 80",
     ),
     "batch": (
         lambda p, t, c: jax_mla.decode_step(p, CONFIG, t[:2, 0], c),
-        "the cache holds 3 sequences, tokens have 2",
+        "the cache must hold 2 sequences, as many as the tokens, got 3",
     ),
     "page_table": (
         lambda p, t, c: jax_mla.prefill(
             p, CONFIG, t, dataclasses.replace(c, page_table=c.page_table.at[1, 2].set(99))
         ),
-        r"page_table\[1, 2\] is 99, the cache has 22 pages",
+        r"page_table\[1, 2\] must be one of the cache's 22 pages, got 99",
     ),
     "other_model": (
         lambda p, t, c: jax_mla.prefill(
             p, CONFIG, t, dataclasses.replace(c, pages=c.pages[:, :, :, :-1])
         ),
-        "3 layers of 79 numbers a token, the config 3 of 80",
+        "3 layers and 80 numbers per token, as the config, got 3 and 79",
     ),
 }
 

@@ -244,7 +244,7 @@ def test_longrope_generates_up_to_the_original_length(params, prompts):
     config = dataclasses.replace(CONFIG, rope_scaling=scaling)
     tokens, lengths = prompts
     jax_mla.generate(params, config, tokens, lengths=lengths, max_new_tokens=4)
-    with pytest.raises(ValueError, match="=12 tokens a sequence, got 13"):
+    with pytest.raises(ValueError, match="=12 tokens, got 13"):
         jax_mla.generate(params, config, tokens, lengths=lengths, max_new_tokens=5)
 
 

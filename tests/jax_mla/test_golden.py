@@ -81,7 +81,7 @@ def empty_cache(kind, config, batch, tokens):
         return jax_mla.LatentCache.empty(config, batch, tokens)
     pages = 3 + batch * -(-tokens // 8)
     table = np.random.default_rng(0).permutation(pages)[3:].reshape(batch, -1)
-    return jax_mla.PagedLatentCache.empty(config, pages, page_size=8, page_table=table)
+    return jax_mla.PagedLatentCache.with_table(config, table, num_pages=pages, page_size=8)
 
 
 @pytest.mark.parametrize(

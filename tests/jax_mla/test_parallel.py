@@ -88,9 +88,9 @@ def test_chunked_prefill_and_decode(recipe, kind, params, tokens, logits):
     first = np.asarray([16, 9, 1, 12, 16, 3, 8, 5])
     if kind == "dense":
         cache = jax_mla.LatentCache.empty(CONFIG, B, 64, page_size=8)
-    else:  # pages shuffled within each of the 8 shares that devices may hold
+    else:  # pages shuffled within each of the 8 shards that devices may hold
         order = np.random.default_rng(2).permuted(np.arange(B * 8).reshape(B, 8), axis=1)
-        cache = jax_mla.PagedLatentCache.empty(CONFIG, B * 8, 8, page_table=order)
+        cache = jax_mla.PagedLatentCache.with_table(CONFIG, order, num_pages=B * 8, page_size=8)
     params, recipe_rules = placed(recipe, params)
     options = {"rules": recipe_rules}
     at = np.arange(B)
@@ -138,8 +138,10 @@ def test_loss_and_gradients(recipe, params, tokens):
 def test_a_pool_that_crosses_devices_is_refused(params, tokens):
     params, recipe_rules = placed("dp_tp", params)
     table = np.arange(B * 8).reshape(B, 8)[::-1]  # the last sequence uses the first device's pages
-    cache = jax_mla.PagedLatentCache.empty(CONFIG, B * 8, 8, page_table=table)
-    with pytest.raises(ValueError, match=r"page_table\[0, 0\] is 56, .* hold pages 0 to 31"):
+    cache = jax_mla.PagedLatentCache.with_table(CONFIG, table, num_pages=B * 8, page_size=8)
+    with pytest.raises(
+        ValueError, match=r"page_table\[0, 0\] must be one of pages 0 to 31, .* got 56"
+    ):
         jax_mla.prefill(params, CONFIG, tokens, cache, rules=recipe_rules)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from jax_mla.cache.latent import Cache, LatentCache, PagedLatentCache
+from jax_mla.cache.latent import Cache
 from jax_mla.cache.pages import advance, append, layer_pages
 from jax_mla.cache.shards import own_tokens
 from jax_mla.config.model import DeepSeekConfig
@@ -183,7 +183,7 @@ def decode(
 
 def attend_cached(
     new: NewTokens,
-    cache: LatentCache | PagedLatentCache,
+    cache: Cache,
     layer: int | Int[Array, ""],
     *,
     config: DeepSeekConfig,

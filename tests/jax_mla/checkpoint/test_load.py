@@ -87,7 +87,9 @@ def test_dtype_casts_all_but_the_correction_bias(golden, name, dtype):
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", "float8_e4m3fn", "no_such_dtype"])
 def test_refuses_other_dtypes(golden, dtype):
-    with pytest.raises(ValueError, match=f"dtype {dtype} is not one of float32, bfloat16, float16"):
+    with pytest.raises(
+        ValueError, match=f"dtype must be one of float32, bfloat16, float16, got '{dtype}'"
+    ):
         jax_mla.load(golden / "v3", dtype=dtype)
 
 

@@ -75,8 +75,8 @@ def test_a_chunk_over_ragged_caches(rng):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda gqa, x, c: gqa.extend(x[:1], c), "the cache holds 2 sequences, x has 1"),
-        (lambda gqa, x, c: gqa.extend(x, c), "would hold 11 tokens, the cache has room for 8"),
+        (lambda gqa, x, c: gqa.extend(x[:1], c), "x must have 2 sequences, as the cache, got 1"),
+        (lambda gqa, x, c: gqa.extend(x, c), "the cache, which has room for 8 tokens, got 11"),
         (
             lambda gqa, x, c: jax_mla.KeyValueCache.empty(2, 0, 2, K),
             "max_tokens must be an integer of at least 1, got 0",
@@ -91,12 +91,14 @@ def test_what_does_not_fit_is_refused(call, message, rng):
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="num_kv_heads=4 does not divide num_heads=6"):
+    with pytest.raises(ValueError, match="num_kv_heads must be a divisor of num_heads=6, got 4"):
         layer(4)
     with pytest.raises(ValueError, match="num_kv_heads must be an integer of at least 1, got 0"):
         layer(0)
 
 
 def test_caches_of_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match="dtype int32 is not one of float32, bfloat16, float16"):
+    with pytest.raises(
+        ValueError, match="dtype must be one of float32, bfloat16, float16, got 'int32'"
+    ):
         jax_mla.KeyValueCache.empty(2, 8, 2, K, dtype="int32")

@@ -230,11 +230,13 @@ def test_what_a_mesh_does_not_divide_is_refused(params, config, axis, shape, mes
 
 def test_what_cannot_be_is_refused(params, config):
     tokens = jnp.zeros((2, 4), jnp.int32)
-    with pytest.raises(ValueError, match=r"at least 2 tokens a row, got tokens of shape \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"at least 2 per row for a loss, got shape \(4, 1\)"):
         next_token_loss(params, config, jnp.zeros((4, 1), jnp.int32))
-    with pytest.raises(ValueError, match=r"loss_mask has shape \(2, 3\), tokens have \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"loss_mask must have the shape of tokens, \(2, 4\), got \(2, 3\)"
+    ):
         next_token_loss(params, config, tokens, loss_mask=jnp.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="loss_mask must be true or false, got dtype float32"):
+    with pytest.raises(ValueError, match="loss_mask must be bool, got dtype float32"):
         next_token_loss(params, config, tokens, loss_mask=jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="segment_ids must be integers, got dtype float32"):
         next_token_loss(params, config, tokens, segment_ids=jnp.ones((2, 4)))

@@ -173,17 +173,17 @@ def test_rows_that_cannot_be_divided_are_refused(config, tokens):
 NOT_FOR_A_LOSS = {
     "segments": (
         Batch(np.zeros((4, 8), np.int32), np.zeros((4, 7), np.int32)),
-        r"segment_ids has shape \(4, 7\), tokens have \(4, 8\)",
+        r"segment_ids must have the shape of tokens, \(4, 8\), got \(4, 7\)",
     ),
     "mask-shape": (
         Batch(np.zeros((4, 8), np.int32), loss_mask=np.ones((1, 8), bool)),
-        r"loss_mask has shape \(1, 8\), tokens have \(4, 8\)",
+        r"loss_mask must have the shape of tokens, \(4, 8\), got \(1, 8\)",
     ),
     "mask-dtype": (
         Batch(np.zeros((4, 8), np.int32), loss_mask=np.ones((4, 8), np.int32)),
-        "loss_mask must be true or false, got dtype int32",
+        "loss_mask must be bool, got dtype int32",
     ),
-    "one-token": (Batch(np.zeros((4, 1), np.int32)), r"at least 2 tokens a row, .* \(4, 1\)"),
+    "one-token": (Batch(np.zeros((4, 1), np.int32)), r"at least 2 per row for a loss, .* \(4, 1\)"),
     "floats": (Batch(np.zeros((4, 8))), "tokens must be integers, got dtype float"),
 }
 
@@ -200,7 +200,9 @@ def test_batches_that_are_none_are_refused(config, batch, message):
 def test_token_ids_are_looked_at_where_they_are_placed(config, tokens):
     outside = tokens.copy()
     outside[1, 2] = 999
-    with pytest.raises(ValueError, match="token id 999 is outside the vocabulary of 320"):
+    with pytest.raises(
+        ValueError, match="token ids must be from 0 to 319, the vocabulary, got 999"
+    ):
         place_batch(Batch(outside), None, config=config)
 
 
