@@ -34,7 +34,7 @@ def main():
     recipe = Recipe(
         num_steps=1, num_micro_batches=MICRO_BATCHES, precision=Precision(compute="float32")
     )
-    parts = pipeline.split(params)
+    parts = pp.split_params(params, pipeline)
     ideal = pp.ideal_bubble(STAGES, MICRO_BATCHES)
     for schedule in (pp.gpipe, pp.one_f_one_b):
         for _ in range(2):  # the first time includes compilation

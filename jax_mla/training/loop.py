@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -17,15 +17,13 @@ from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params
 from jax_mla.sharding.rules import ShardingRules
 from jax_mla.training.data import TokenRows
-from jax_mla.training.drivers import Steps, steps_on
+from jax_mla.training.drivers import Driver, driver_for
+from jax_mla.training.pipeline.schedule import ScheduleMaker
 from jax_mla.training.processes import any_process, of_first_process
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.saved_steps import Checkpoints
 from jax_mla.training.state import TrainState, abstract_state, init_state
 from jax_mla.training.step import StepMetrics
-
-if TYPE_CHECKING:
-    from jax_mla.training.pipeline.schedule import ScheduleMaker
 
 ParamsLoader = Callable[[ShardingRules | None], Params]
 
@@ -117,28 +115,28 @@ def train(
         nothing is saved after the last good step.
     """
     check_positive(save_every=save_every)
-    steps = steps_on(config, recipe, mesh, rules, pipeline_schedule)
-    steps.check(data)
+    driver = driver_for(config, recipe, mesh, rules, pipeline_schedule)
+    driver.check(data)
     record = _record(config, recipe, data, seed)
-    state = _resumed(checkpoints, record, steps, resume, on_notice)
+    state = _resumed(checkpoints, record, driver, resume, on_notice)
     if state is None:
-        state = _begun(steps, seed, params)
+        state = _begun(driver, seed, params)
     step, reason = int(state.step), "finished"
     on_begin(step)
-    state = steps.split(state)
+    state = driver.split(state)
     progress = _Progress(step, record, data.batch_tokens, checkpoints, on_step)
     while step < recipe.num_steps:
-        state, metrics = steps(state, data.batch(step))
+        state, metrics = driver.step(state, data.batch(step))
         step += 1
         progress.add(step, metrics)
         if checkpoints is not None and step % save_every == 0 and step < recipe.num_steps:
             progress.settle()
-            progress.save(steps.join(state))
+            progress.save(driver.join(state))
         if any_process(should_stop()):
             reason = "stopped"
             break
     progress.settle()
-    state = steps.join(state)
+    state = driver.join(state)
     progress.save(state)
     if checkpoints is not None:
         checkpoints.wait()
@@ -177,12 +175,12 @@ class _Progress:
             self._saved = step
 
 
-def _begun(steps: Steps, seed: int, params: Params | ParamsLoader | None) -> TrainState:
+def _begun(driver: Driver, seed: int, params: Params | ParamsLoader | None) -> TrainState:
     """The state before the first step."""
-    placed = {"mesh": steps.mesh, "rules": steps.joined_rules}
-    params = params(steps.joined_rules) if callable(params) else params
+    placed = {"mesh": driver.mesh, "rules": driver.joined_rules}
+    params = params(driver.joined_rules) if callable(params) else params
     key = jax.random.key(seed)
-    return init_state(key, steps.config, recipe=steps.recipe, params=params, **placed)
+    return init_state(key, driver.config, recipe=driver.recipe, params=params, **placed)
 
 
 def _record(config, recipe, data, seed) -> dict[str, Any]:
@@ -196,7 +194,7 @@ def _record(config, recipe, data, seed) -> dict[str, Any]:
     return json.loads(json.dumps(record))
 
 
-def _resumed(checkpoints, record, steps: Steps, resume: bool, on_notice) -> TrainState | None:
+def _resumed(checkpoints, record, driver: Driver, resume: bool, on_notice) -> TrainState | None:
     """The newest state that was saved and is whole; None where none was saved."""
     if checkpoints is None or not of_first_process(len(found := checkpoints.steps())):
         return None
@@ -210,13 +208,13 @@ def _resumed(checkpoints, record, steps: Steps, resume: bool, on_notice) -> Trai
         for name, found, wanted in _differences(saved, record):
             raise ValueError(f"{checkpoints.folder} was trained with {name} {found}, not {wanted}")
 
-    placed = {"mesh": steps.mesh, "rules": steps.joined_rules}
-    like = abstract_state(steps.config, recipe=steps.recipe, **placed)
+    placed = {"mesh": driver.mesh, "rules": driver.joined_rules}
+    like = abstract_state(driver.config, recipe=driver.recipe, **placed)
     restored = checkpoints.restore(like, check=check)
     for reason in restored.damaged:
         on_notice(reason)
     on_notice(f"resuming after step {int(restored.state.step)}")
-    planned, wanted = restored.record["recipe"]["num_steps"], steps.recipe.num_steps
+    planned, wanted = restored.record["recipe"]["num_steps"], driver.recipe.num_steps
     if planned != wanted:
         on_notice(f"the learning rate now follows a schedule of {wanted} steps, not of {planned}")
     return restored.state

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from jax_mla.layers.block import Remat
-from jax_mla.training.learning_rate import Schedule, cosine, warmup_stable_decay
+from jax_mla.training.learning_rate import (
+    LearningRate,
+    check_lengths,
+    cosine,
+    warmup_stable_decay,
+)
 from jax_mla.training.precision import Precision
 
-_CHOICES = {
-    "optimizer": ("adamw", "muon"),
-    "schedule": ("cosine", "wsd"),
-    "remat": ("none", "dots", "full"),
-}
+OptimizerName = Literal["adamw", "muon"]
+ScheduleName = Literal["cosine", "wsd"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,8 @@ class Recipe:
     """
 
     num_steps: int
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    optimizer: OptimizerName = "adamw"
+    schedule: ScheduleName = "cosine"
     learning_rate: float = 3e-4
     final_learning_rate: float = 0.0
     warmup_steps: int | None = None
@@ -69,8 +71,15 @@ class Recipe:
     precision: Precision = dataclasses.field(default_factory=Precision)
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
+        self._check()
+
+    def _check(self) -> None:
+        for name, literal in (
+            ("optimizer", OptimizerName),
+            ("schedule", ScheduleName),
+            ("remat", Remat),
+        ):
+            if (value := getattr(self, name)) not in (choices := get_args(literal)):
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}")
         for name in ("num_steps", "num_micro_batches", "chunk_tokens"):
             if (value := getattr(self, name)) < 1:
@@ -88,18 +97,19 @@ class Recipe:
         for name in ("b1", "b2"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
-        self.rate  # noqa: B018 - checks the lengths of the schedule
+        check_lengths(self.num_steps, **self._lengths())
 
     @functools.cached_property
-    def rate(self) -> Schedule:
+    def rate(self) -> LearningRate:
         """The learning rate by step."""
+        make = cosine if self.schedule == "cosine" else warmup_stable_decay
+        options = {"num_steps": self.num_steps, "final": self.final_learning_rate}
+        return make(self.learning_rate, **options, **self._lengths())
+
+    def _lengths(self) -> dict[str, int]:
+        """Steps of warmup, and of decay where the schedule has a phase of its own for it."""
         warmup = max(self.num_steps // 100, 1) if self.warmup_steps is None else self.warmup_steps
-        options = {
-            "num_steps": self.num_steps,
-            "warmup_steps": warmup,
-            "final": self.final_learning_rate,
-        }
         if self.schedule == "cosine":
-            return cosine(self.learning_rate, **options)
+            return {"warmup_steps": warmup}
         decay = self.num_steps // 5 if self.decay_steps is None else self.decay_steps
-        return warmup_stable_decay(self.learning_rate, decay_steps=decay, **options)
+        return {"warmup_steps": warmup, "decay_steps": decay}

@@ -12,10 +12,16 @@ GPipe those of all micro-batches.
 """
 
 from jax_mla.training.pipeline.execute import Execution, PipelinedGradients, loss_and_gradients
+from jax_mla.training.pipeline.joining import (
+    join_params,
+    join_state,
+    split_params,
+    split_state,
+)
 from jax_mla.training.pipeline.plot import plot_timeline
 from jax_mla.training.pipeline.schedule import Op, Schedule, gpipe, one_f_one_b
 from jax_mla.training.pipeline.stages import Pipeline
-from jax_mla.training.pipeline.step import join_state, pipeline_train_step, split_state
+from jax_mla.training.pipeline.step import pipeline_train_step
 from jax_mla.training.pipeline.timeline import Span, Timeline, ideal_bubble, simulate
 
 __all__ = [
@@ -28,11 +34,13 @@ __all__ = [
     "Timeline",
     "gpipe",
     "ideal_bubble",
+    "join_params",
     "join_state",
     "loss_and_gradients",
     "one_f_one_b",
     "pipeline_train_step",
     "plot_timeline",
     "simulate",
+    "split_params",
     "split_state",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_mla.params import Params
-
-if TYPE_CHECKING:
-    from jax_mla.training.pipeline.stages import Pipeline
+from jax_mla.training.pipeline.stages import Pipeline
 
 
 def move(

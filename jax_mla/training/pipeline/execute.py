@@ -111,7 +111,7 @@ def loss_and_gradients(
     """
     tokens, ids = check_batch(batch.tokens, pipeline.config, batch.segment_ids, batch.loss_mask)
     num_rows, num_parts = tokens.shape[0], recipe.num_micro_batches
-    check_rows(*tokens.shape, recipe=recipe, mesh=pipeline.meshes[0], rules=pipeline.rules)
+    check_rows(*tokens.shape, recipe=recipe, mesh=pipeline.meshes[0], rules=pipeline.stage_rules)
     plan = schedule(pipeline.num_stages, num_parts)
     if (plan.num_stages, plan.num_micro_batches) != (pipeline.num_stages, num_parts):
         raise ValueError(
@@ -152,7 +152,7 @@ def _mean_loss(sums: Sequence[LossSums | None], pipeline: Pipeline, num_tokens, 
         None if of_stage is None else programs.evened(of_stage, pipeline.config, max(num_moe))
         for of_stage in sums
     ]
-    has_capacity = pipeline.rules.expert_capacity is not None and pipeline.meshes[0].size > 1
+    has_capacity = pipeline.stage_rules.expert_capacity is not None and pipeline.meshes[0].size > 1
     return programs.mean_loss(
         exchange.everywhere(even, pipeline),
         num_tokens,
@@ -174,7 +174,7 @@ def _check_params(params: Sequence[Params | None], pipeline: Pipeline) -> None:
         of_stage = {} if of_stage is None else of_stage
         layers, devices = pipeline.layers[stage], set(pipeline.meshes[stage].devices.flat)
         try:
-            check_params(of_stage, pipeline.config, pipeline.rules, layers)
+            check_params(of_stage, pipeline.config, pipeline.stage_rules, layers)
         except ValueError as error:
             raise ValueError(f"stage {stage} of layers {layers}: {error}") from None
         for leaf in jax.tree.leaves(of_stage):
@@ -237,7 +237,7 @@ class _Run:
 
     def _move(self, x, source: int, target: int):
         """Hidden states, or their gradients, on another stage."""
-        spec = partition_spec(self.pipeline.rules, ("batch", "sequence", None))
+        spec = partition_spec(self.pipeline.stage_rules, ("batch", "sequence", None))
         return exchange.move(x, self.hidden, self.pipeline, source, target, spec)
 
     def execution(self, schedule: Schedule) -> Execution:
@@ -255,7 +255,7 @@ class _Run:
         if stage > 0:
             num_bytes += math.prod(self.hidden.shape) * self.hidden.dtype.itemsize
         if self.pipeline.is_here(stage):
-            rows = place_batch(rows, self.pipeline.meshes[stage], self.pipeline.rules)
+            rows = place_batch(rows, self.pipeline.meshes[stage], self.pipeline.stage_rules)
         held = self.held[stage]
         held[i] = x, rows
         self.peak_held[stage] = max(self.peak_held[stage], len(held))
@@ -279,7 +279,7 @@ def _tied(gradients: list[Params | None], pipeline: Pipeline) -> list[Params | N
     if not pipeline.has_two_embeddings:
         return gradients
     first, *others = gradients
-    spec = partition_spec(pipeline.rules.gradients(), ("vocab", "embed"))
+    spec = partition_spec(pipeline.stage_rules.gradients(), ("vocab", "embed"))
     of_first, of_last = (
         None if part is None else part["embed_tokens"]["weight"] for part in (first, others[-1])
     )

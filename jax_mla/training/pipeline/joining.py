@@ -1,47 +1,110 @@
-"""Trees of the whole model taken apart for the stages, and put together again."""
+"""Parameters and states of the whole model split into those of the stages, and joined again."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
+from jax_mla.params import Params, init, param_shardings
 from jax_mla.training.pipeline import exchange
+from jax_mla.training.pipeline.stages import Pipeline
+from jax_mla.training.recipe import Recipe
+from jax_mla.training.state import TrainState, abstract_state, state_shardings
 
-if TYPE_CHECKING:
-    from jax_mla.training.pipeline.stages import Pipeline
+States = tuple[TrainState | None, ...]
+
+
+def split_params(params: Params, pipeline: Pipeline) -> tuple[Params | None, ...]:
+    """The parameters of every stage, copied to its devices.
+
+    Args:
+      params: in the memory of every process, or on devices; laid out by `Pipeline.joined_rules`
+        they need the least memory.
+
+    Returns:
+      None for a stage of which this process has no device.
+    """
+    return _split(params, pipeline, **_param_shardings(pipeline))
+
+
+def join_params(parts: Sequence[Params | None], pipeline: Pipeline) -> Params:
+    """Parameters of the whole model on the whole mesh, laid out by `Pipeline.joined_rules`.
+
+    Args:
+      parts: from `split_params`; or gradients that are laid out like parameters.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    like = jax.eval_shape(functools.partial(init, config=pipeline.config), key)
+    return _join(parts, pipeline, like, **_param_shardings(pipeline))
+
+
+def split_state(state: TrainState, pipeline: Pipeline, *, recipe: Recipe) -> States:
+    """The TrainState of every stage, copied to its devices; every stage has the counters.
+
+    Returns:
+      None for a stage of which this process has no device.
+    """
+    return _split(state, pipeline, **_state_shardings(pipeline, recipe))
+
+
+def join_state(states: States, pipeline: Pipeline, *, recipe: Recipe) -> TrainState:
+    """The state of the whole model on the whole mesh, laid out by `Pipeline.joined_rules`."""
+    like = abstract_state(pipeline.config, recipe=recipe)
+    return _join(states, pipeline, like, **_state_shardings(pipeline, recipe))
+
+
+def _param_shardings(pipeline: Pipeline) -> dict[str, Params]:
+    """Of parameters in the stages, and of the whole model between steps."""
+    return {
+        "inside": param_shardings(pipeline.config, pipeline.mesh, pipeline.stage_rules),
+        "joined": param_shardings(pipeline.config, pipeline.mesh, pipeline.joined_rules),
+    }
+
+
+def _state_shardings(pipeline: Pipeline, recipe: Recipe) -> dict[str, TrainState]:
+    """Of a state in the stages, and of the whole model between steps."""
+    config, mesh = pipeline.config, pipeline.mesh
+    return {
+        "inside": state_shardings(config, mesh, pipeline.stage_rules, recipe=recipe),
+        "joined": state_shardings(config, mesh, pipeline.joined_rules, recipe=recipe),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A leaf of the whole tree, or the layers of it from `first` to before `end`."""
+class _Piece:
+    """A leaf of the whole tree, or its layers in the half-open range [first, end)."""
 
     leaf: int
     first: int | None = None
     end: int | None = None
 
 
-def pieces(pipeline: Pipeline, stage: int, tree: Any) -> Any:
-    """The tree of a stage's part, with a Piece for every leaf."""
+def _pieces(pipeline: Pipeline, stage: int, tree: Any) -> Any:
+    """The tree of a stage's part, with a _Piece for every leaf."""
     structure = jax.tree.structure(tree)
-    numbered = jax.tree.unflatten(structure, map(Piece, range(structure.num_leaves)))
-    take = lambda piece, first, end: Piece(piece.leaf, first, end)  # noqa: E731
+    numbered = jax.tree.unflatten(structure, map(_Piece, range(structure.num_leaves)))
+
+    def take(whole: _Piece, first: int, end: int) -> _Piece:
+        return _Piece(whole.leaf, first, end)
+
     return pipeline.part(numbered, stage, take=take)
 
 
-def split(tree: Any, pipeline: Pipeline, *, inside: Any, joined: Any) -> tuple[Any, ...]:
-    """What every stage has of a tree, copied to its devices; None where none is this process's.
+def _split(tree: Any, pipeline: Pipeline, *, inside: Any, joined: Any) -> tuple[Any, ...]:
+    """Every stage's part of a tree, copied to its devices; None without a device of this process.
 
     Args:
       tree: in the memory of every process, or on devices.
-      inside: of that structure, NamedShardings of the whole mesh: how leaves lie in every stage.
-      joined: where a leaf of the whole tree lies in between.
+      inside: a tree of the same structure of NamedShardings on the whole mesh, whose specs are the
+        layout of leaves in every stage.
+      joined: NamedShardings of the leaves of the whole tree, on the way.
     """
     placed = jax.tree.leaves(inside)
     parts: list[Any] = []
@@ -51,7 +114,7 @@ def split(tree: Any, pipeline: Pipeline, *, inside: Any, joined: Any) -> tuple[A
     ]
     for stage in range(pipeline.num_stages):
 
-        def cut(piece: Piece, stage=stage) -> Array | None:
+        def cut(piece: _Piece, stage=stage) -> Array | None:
             x, sharding = leaves[piece.leaf], placed[piece.leaf]
             first, size = 0, None
             if piece.first is not None and piece.end is not None:
@@ -59,7 +122,7 @@ def split(tree: Any, pipeline: Pipeline, *, inside: Any, joined: Any) -> tuple[A
             part = exchange.settled(_cut(x, first, size=size, sharding=sharding), pipeline)
             return exchange.on_stage(part, pipeline, stage, sharding.spec)
 
-        part = jax.tree.map(cut, pieces(pipeline, stage, tree))
+        part = jax.tree.map(cut, _pieces(pipeline, stage, tree))
         parts.append(part if pipeline.is_here(stage) else None)
     return tuple(parts)
 
@@ -70,18 +133,18 @@ def _cut(x: Array, first, *, size: int | None, sharding: NamedSharding) -> Array
     return lax.with_sharding_constraint(part, sharding)
 
 
-def join(parts: Sequence[Any], pipeline: Pipeline, like: Any, *, inside: Any, joined: Any) -> Any:
+def _join(parts: Sequence[Any], pipeline: Pipeline, like: Any, *, inside: Any, joined: Any) -> Any:
     """The tree of the whole model on the whole mesh; of copies in several stages, the first.
 
     Args:
-      parts: as from `split`.
+      parts: from `_split`.
       like: the whole tree, of anything with shapes and dtypes.
-      inside, joined: as in `split`.
+      inside, joined: as in `_split`.
     """
     shapes, structure = jax.tree.flatten(like)
-    found: list[list[tuple[int, Piece, Array | None]]] = [[] for _ in shapes]
+    found: list[list[tuple[int, _Piece, Array | None]]] = [[] for _ in shapes]
     for stage, part in enumerate(parts):
-        of_stage = jax.tree.leaves(pieces(pipeline, stage, like))
+        of_stage = jax.tree.leaves(_pieces(pipeline, stage, like))
         values = [None] * len(of_stage) if part is None else jax.tree.leaves(part)
         for piece, x in zip(of_stage, values, strict=True):
             found[piece.leaf].append((stage, piece, x))

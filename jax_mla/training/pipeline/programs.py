@@ -53,13 +53,13 @@ def _forward(params, x, batch, pipeline, stage, recipe):
         remat=recipe.remat,
         chunk_tokens=recipe.chunk_tokens,
         deterministic=recipe.deterministic,
-        rules=pipeline.rules,
+        rules=pipeline.stage_rules,
         layers=pipeline.layers[stage],
         x=x,
     )
     if stage == pipeline.num_stages - 1:
         return None, sums
-    return constrain_tokens(x, placement_of(params, pipeline.rules)), sums
+    return constrain_tokens(x, placement_of(params, pipeline.stage_rules)), sums
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("gradients",))
@@ -87,7 +87,7 @@ def backward(
     of_params, of_x = pull_back((output_gradient, jnp.ones(())))
     added = jax.tree.map(lambda total, g: total + g.astype(total.dtype), gradients, of_params)
     if of_x is not None:  # as the stage before laid x out
-        of_x = constrain_tokens(of_x, placement_of(params, pipeline.rules))
+        of_x = constrain_tokens(of_x, placement_of(params, pipeline.stage_rules))
     return jax.lax.with_sharding_constraint(added, _gradient_shardings(pipeline, stage)), of_x
 
 
@@ -99,7 +99,7 @@ def no_gradients(params: Params, *, pipeline: Pipeline, stage: int, recipe: Reci
 
 
 def _gradient_shardings(pipeline: Pipeline, stage: int):
-    return pipeline.param_shardings(stage, pipeline.rules.gradients())
+    return pipeline.param_shardings(stage, pipeline.stage_rules.gradients())
 
 
 @jax.jit
@@ -183,5 +183,7 @@ def update(
 
 def stage_shardings(pipeline: Pipeline, stage: int, recipe: Recipe) -> Any:
     """The tree of a stage's TrainState, holding a NamedSharding where it holds an array."""
-    whole = state_shardings(pipeline.config, pipeline.meshes[stage], pipeline.rules, recipe=recipe)
+    whole = state_shardings(
+        pipeline.config, pipeline.meshes[stage], pipeline.stage_rules, recipe=recipe
+    )
     return pipeline.part(whole, stage, take=lambda sharding, first, end: sharding)

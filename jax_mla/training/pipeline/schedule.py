@@ -35,6 +35,9 @@ class Schedule:
     stages: tuple[tuple[Op, ...], ...]
 
     def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
         check_positive(num_stages=len(self.stages), num_micro_batches=self.num_micro_batches)
         wanted = {
             Op(kind, i) for kind in ("forward", "backward") for i in range(self.num_micro_batches)
@@ -45,7 +48,7 @@ class Schedule:
                     f"stage {stage} must take each of {self.num_micro_batches} micro-batches "
                     f"forward and backward once, it does {' '.join(map(str, ops)) or 'nothing'}"
                 )
-        self.order  # noqa: B018 - raises where stages wait for each other
+        self._ordered()
 
     @property
     def num_stages(self) -> int:
@@ -54,6 +57,9 @@ class Schedule:
     @functools.cached_property
     def order(self) -> tuple[tuple[int, Op], ...]:
         """All ops with their stages, such that none comes before what it waits for."""
+        return self._ordered()
+
+    def _ordered(self) -> tuple[tuple[int, Op], ...]:
         order, done = [], set()
         queues = [list(reversed(ops)) for ops in self.stages]
         while any(queues):
@@ -64,7 +70,7 @@ class Schedule:
             ]
             if not ready:
                 stuck = ", ".join(f"stage {s} with {q[-1]}" for s, q in enumerate(queues) if q)
-                raise ValueError(f"the stages wait for each other: {stuck} cannot go on")
+                raise ValueError(f"the stages wait for each other: {stuck} cannot start")
             for stage, _ in ready:
                 queues[stage].pop()
             done.update(ready)

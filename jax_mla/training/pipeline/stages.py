@@ -1,10 +1,10 @@
-"""A model cut into stages: which layers on which devices; trees taken apart and put together."""
+"""A model cut into stages: which layers run on which devices."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,11 +15,10 @@ from jax_mla.checks.sizes import check_positive
 from jax_mla.config.leaf_types import STACKS, TOP_LEVEL, check_known, flatten, leaf_type
 from jax_mla.config.leaves import stacks_of
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.params import Params, init, param_shardings
+from jax_mla.params import Params, param_shardings
 from jax_mla.sharding.axes import MESH_AXES
 from jax_mla.sharding.placement import partition_spec
 from jax_mla.sharding.rules import LOGICAL_AXES, SPLITS, ShardingRules, as_tuple
-from jax_mla.training.pipeline import joining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +31,13 @@ class Pipeline:
     Attributes:
       mesh: of `make_mesh`; stage i has the devices with index i on its axis `stage`.
         Every process must have some of them.
-      rules: what lies where within a stage.
-      layers_per_stage: None cuts evenly; stages with a layer more come first, as the last one also
-        has the head.
+      rules: the layout within a stage.
+      layers_per_stage: how many layers each stage has. None cuts evenly; stages with one layer more
+        come first, as the last one also has the head.
 
     Raises:
-      ValueError: the layers cannot be cut so, or the mesh is not one of `make_mesh` and all
-        processes.
+      ValueError: layers_per_stage does not fit the stages or the layers, the rules split something
+        else over `stage`, or the mesh is not from `make_mesh` or leaves a process without devices.
     """
 
     config: DeepSeekConfig
@@ -47,50 +46,18 @@ class Pipeline:
     layers_per_stage: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if set(self.mesh.axis_names) != set(MESH_AXES):
-            raise ValueError(
-                f"a pipeline needs a mesh of make_mesh with axes {MESH_AXES}, got axes "
-                f"{self.mesh.axis_names}"
-            )
-        processes = {device.process_index for device in self.mesh.devices.flat}
-        if len(processes) != jax.process_count():
-            raise ValueError(
-                f"{jax.process_count()} processes run a pipeline together, the mesh has devices of "
-                f"{sorted(processes)} only"
-            )
-        if any(
-            self.mesh.shape[name] > 1 for name in as_tuple(self.rules.layers) if name != "stage"
-        ):
-            raise ValueError(
-                f"a pipeline splits layers over 'stage', rules.layers is {self.rules.layers!r}"
-            )
-        for name in LOGICAL_AXES + SPLITS:
-            value = getattr(self.rules, name)
-            if name != "layers" and "stage" in as_tuple(value):
-                raise ValueError(
-                    f"a pipeline splits layers over 'stage' and nothing else, rules.{name} "
-                    f"is {value!r}"
-                )
-        # Stages have their layers whole.
-        object.__setattr__(self, "rules", dataclasses.replace(self.rules, layers=None))
-        num_layers = self.config.num_hidden_layers
-        if self.num_stages > num_layers:
-            raise ValueError(
-                f"{self.num_stages} stages need as many layers, the config has {num_layers}"
-            )
-        if self.layers_per_stage is not None:
-            sizes = tuple(self.layers_per_stage)
-            object.__setattr__(self, "layers_per_stage", sizes)  # a list could not be hashed
-            check_positive(**{f"layers_per_stage[{i}]": size for i, size in enumerate(sizes)})
-            if len(sizes) != self.num_stages or sum(sizes) != num_layers:
-                raise ValueError(
-                    f"layers_per_stage={sizes} must have {self.num_stages} stages and "
-                    f"{num_layers} layers, it has {len(sizes)} and {sum(sizes)}"
-                )
+        _check_mesh(self.mesh)
+        _check_rules(self.rules, self.mesh)
+        _check_layers(self.layers_per_stage, self.num_stages, self.config.num_hidden_layers)
 
     @property
     def num_stages(self) -> int:
         return self.mesh.shape["stage"]
+
+    @property
+    def stage_rules(self) -> ShardingRules:
+        """The rules within a stage, which has its layers whole."""
+        return dataclasses.replace(self.rules, layers=None)
 
     @property
     def has_two_embeddings(self) -> bool:
@@ -99,7 +66,7 @@ class Pipeline:
 
     @functools.cached_property
     def layers(self) -> tuple[tuple[int, int], ...]:
-        """The first layer of every stage, and the one after its last."""
+        """The half-open range [first, end) of layers of every stage."""
         sizes, num_stages = self.layers_per_stage, self.num_stages
         if sizes is None:
             even, more = divmod(self.config.num_hidden_layers, num_stages)
@@ -126,16 +93,16 @@ class Pipeline:
         )
 
     def sharding(self, stage: int, *logical_axes: str | None) -> NamedSharding:
-        """Where a stage keeps an array with these axes; without any, on all its devices."""
-        return NamedSharding(self.meshes[stage], partition_spec(self.rules, logical_axes))
+        """The sharding of an array with these axes on a stage; without any, it is replicated."""
+        return NamedSharding(self.meshes[stage], partition_spec(self.stage_rules, logical_axes))
 
     def param_shardings(self, stage: int, rules: ShardingRules | None = None) -> Params:
         """The tree of a stage's parameters, holding a NamedSharding for each.
 
         Args:
-          rules: None takes those of the pipeline.
+          rules: None takes `stage_rules`.
         """
-        rules = self.rules if rules is None else rules
+        rules = self.stage_rules if rules is None else rules
         whole = param_shardings(self.config, self.meshes[stage], rules)
         return self.part(whole, stage, take=lambda sharding, first, end: sharding)
 
@@ -145,45 +112,18 @@ class Pipeline:
 
     @functools.cached_property
     def joined_rules(self) -> ShardingRules:
-        """Where parameters and state of the whole model lie while no stage computes.
+        """The layout of the whole model's parameters and state while no stage computes.
 
-        Over the stages too, by the axes `embed` and `latent`, if together with the devices that
-        split those anyway the stages divide hidden_size, kv_lora_rank and q_lora_rank. If they do
-        not divide one of these, the rules alone: every stage then holds a copy of everything.
+        Adds `stage` to the axes of `embed` and `latent` where hidden_size, kv_lora_rank and
+        q_lora_rank can be divided so; otherwise every stage keeps a full copy.
         """
-        rules = _also_over_stages(self.rules)
+        rules = _also_over_stages(self.stage_rules)
         try:
             for of in (rules, rules.gradients(), rules.optimizer()):
                 param_shardings(self.config, self.mesh, of)
         except ValueError:
-            return self.rules
+            return self.stage_rules
         return rules
-
-    def split(self, params: Params) -> tuple[Params | None, ...]:
-        """The parameters of every stage, copied to its devices; None where none is this process's.
-
-        Args:
-          params: in the memory of every process, or on devices; of all `joined_rules` need least
-            memory.
-        """
-        return joining.split(params, self, **self._placed())
-
-    def join(self, parts: Sequence[Params | None]) -> Params:
-        """Parameters of the whole model on the whole mesh, by `joined_rules`.
-
-        Args:
-          parts: as from `split`; also gradients, of rules that put them where parameters are.
-        """
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        like = jax.eval_shape(functools.partial(init, config=self.config), key)
-        return joining.join(parts, self, like, **self._placed())
-
-    def _placed(self) -> dict[str, Params]:
-        """Where parameters lie in the stages and between them."""
-        return {
-            "inside": param_shardings(self.config, self.mesh, self.rules),
-            "joined": param_shardings(self.config, self.mesh, self.joined_rules),
-        }
 
     def part(
         self,
@@ -192,10 +132,10 @@ class Pipeline:
         *,
         take: Callable[[Any, int, int], Any] = lambda x, first, end: x[first:end],
     ) -> Any:
-        """What is a stage's of parameters, gradients or optimizer state, where they lie.
+        """A stage's part of the whole model's parameters, gradients or optimizer state; no copies.
 
         Args:
-          take: what becomes of a leaf of stacked layers, given the first of its layers and the end.
+          take: maps a leaf of stacked layers and a range [first, end) of them to the stage's leaf.
         """
         return jax.tree.map(
             lambda x: self._part(x, stage, take) if _holds_params(x) else x,
@@ -221,6 +161,49 @@ class Pipeline:
 
 def _is_embedding(name: str, value: Any) -> bool:
     return any(leaf_type(path).part == "embedding" for path in flatten({name: value}))
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    """It has the axes of `make_mesh`, and devices of every process."""
+    if set(mesh.axis_names) != set(MESH_AXES):
+        raise ValueError(
+            f"a pipeline needs a mesh of make_mesh with axes {MESH_AXES}, got axes "
+            f"{mesh.axis_names}"
+        )
+    processes = {device.process_index for device in mesh.devices.flat}
+    if len(processes) != jax.process_count():
+        raise ValueError(
+            f"the mesh of a pipeline must have devices of all {jax.process_count()} processes, got "
+            f"devices of {sorted(processes)} only"
+        )
+
+
+def _check_rules(rules: ShardingRules, mesh: Mesh) -> None:
+    """Layers are split over stages, and nothing else is."""
+    if any(mesh.shape[name] > 1 for name in as_tuple(rules.layers) if name != "stage"):
+        raise ValueError(f"a pipeline splits layers over 'stage', rules.layers is {rules.layers!r}")
+    for name in LOGICAL_AXES + SPLITS:
+        value = getattr(rules, name)
+        if name != "layers" and "stage" in as_tuple(value):
+            raise ValueError(
+                f"a pipeline splits layers over 'stage' and nothing else, rules.{name} is {value!r}"
+            )
+
+
+def _check_layers(sizes: tuple[int, ...] | None, num_stages: int, num_layers: int) -> None:
+    """Every stage has a layer, and every layer a stage."""
+    if num_stages > num_layers:
+        raise ValueError(f"{num_stages} stages need as many layers, the config has {num_layers}")
+    if sizes is None:
+        return
+    if not isinstance(sizes, tuple):  # anything else could not be hashed
+        raise ValueError(f"layers_per_stage must be a tuple, got {sizes!r}")
+    check_positive(**{f"layers_per_stage[{i}]": size for i, size in enumerate(sizes)})
+    if len(sizes) != num_stages or sum(sizes) != num_layers:
+        raise ValueError(
+            f"layers_per_stage={sizes} must have {num_stages} stages and {num_layers} layers, it "
+            f"has {len(sizes)} and {sum(sizes)}"
+        )
 
 
 def _holds_params(x: Any) -> bool:

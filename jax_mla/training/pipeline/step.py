@@ -11,38 +11,14 @@ from jax import Array
 from jax_mla.params import Params
 from jax_mla.sharding.placement import partition_spec
 from jax_mla.training.batch import Batch
-from jax_mla.training.pipeline import exchange, joining, programs
+from jax_mla.training.pipeline import exchange, programs
 from jax_mla.training.pipeline.execute import loss_and_gradients
+from jax_mla.training.pipeline.joining import States
 from jax_mla.training.pipeline.schedule import ScheduleMaker, one_f_one_b
 from jax_mla.training.pipeline.stages import Pipeline
 from jax_mla.training.recipe import Recipe
-from jax_mla.training.state import TrainState, abstract_state, state_shardings
+from jax_mla.training.state import TrainState
 from jax_mla.training.step import StepMetrics, step_metrics
-
-States = tuple[TrainState | None, ...]
-
-
-def split_state(state: TrainState, pipeline: Pipeline, *, recipe: Recipe) -> States:
-    """The TrainState of every stage, copied to its devices; counters are in all of them.
-
-    None where no device of the stage is this process's.
-    """
-    return joining.split(state, pipeline, **_placed(pipeline, recipe))
-
-
-def join_state(states: States, pipeline: Pipeline, *, recipe: Recipe) -> TrainState:
-    """The state of the whole model, on the pipeline's mesh by its `joined_rules`."""
-    like = abstract_state(pipeline.config, recipe=recipe)
-    return joining.join(states, pipeline, like, **_placed(pipeline, recipe))
-
-
-def _placed(pipeline: Pipeline, recipe: Recipe) -> dict[str, TrainState]:
-    """Where a state lies in the stages and between them."""
-    config, mesh = pipeline.config, pipeline.mesh
-    return {
-        "inside": state_shardings(config, mesh, pipeline.rules, recipe=recipe),
-        "joined": state_shardings(config, mesh, pipeline.joined_rules, recipe=recipe),
-    }
 
 
 def pipeline_train_step(
@@ -119,7 +95,7 @@ def _tied(states: list[TrainState | None], pipeline: Pipeline) -> States:
     """The last stage's copy of a tied embedding is the first stage's, to the bit."""
     if not pipeline.has_two_embeddings:
         return tuple(states)
-    spec = partition_spec(pipeline.rules, ("vocab", "embed"))
+    spec = partition_spec(pipeline.stage_rules, ("vocab", "embed"))
     parts = [None if state is None else state.params for state in states]
     *_, params = exchange.with_first_embedding(parts, pipeline, spec)
     *others, last = states

@@ -67,8 +67,8 @@ def test_1f1b_holds_as_many_micro_batches_as_stages_follow(P, M):
         (["F0 B0"], "stage 0 must take each of 2 micro-batches .* it does F0 B0"),
         (["F0 F1 B0 B0"], "stage 0 must .* it does F0 F1 B0 B0"),
         (["F0 F1 B0 B1", ""], "stage 1 must .* it does nothing"),
-        (["B0 F0 F1 B1"], "wait for each other: stage 0 with B0 cannot go on"),
-        (["F0 B0 F1 B1", "F0 F1 B0 B1"], "stage 0 with B0, stage 1 with F1 cannot go on"),
+        (["B0 F0 F1 B1"], "wait for each other: stage 0 with B0 cannot start"),
+        (["F0 B0 F1 B1", "F0 F1 B0 B1"], "stage 0 with B0, stage 1 with F1 cannot start"),
     ],
     ids=["missing", "twice", "idle", "backward-first", "deadlock"],
 )

@@ -8,7 +8,7 @@ import pytest
 
 import jax_mla
 from jax_mla.training import Batch, Precision, Recipe
-from jax_mla.training.pipeline import Pipeline, programs
+from jax_mla.training.pipeline import Pipeline, programs, split_params
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 RECIPE = Recipe(num_steps=1, precision=Precision(compute="float32"))
@@ -21,7 +21,7 @@ def last_stage(moe_config, random_params):
     config = dataclasses.replace(moe_config, num_hidden_layers=2)
     rules = dataclasses.replace(jax_mla.sharding.layouts.zero2(), expert="expert")
     pipeline = Pipeline(config, jax_mla.make_mesh(stage=2, data=2, expert=2), rules)
-    _, params = pipeline.split(random_params(config))
+    _, params = split_params(random_params(config), pipeline)
     static = {"pipeline": pipeline, "stage": 1, "recipe": RECIPE}
     batch = Batch(np.random.default_rng(0).integers(0, 256, (2, 8)).astype(np.int32))
     x = np.random.default_rng(1).normal(size=(2, 8, config.hidden_size)).astype(np.float32)

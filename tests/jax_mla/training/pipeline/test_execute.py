@@ -15,9 +15,11 @@ from jax_mla.training.pipeline import (
     Pipeline,
     execute,
     gpipe,
+    join_params,
     loss_and_gradients,
     one_f_one_b,
     simulate,
+    split_params,
 )
 from jax_mla.training.step import objective
 
@@ -69,11 +71,11 @@ def close(got, want):
 def assert_equal_to_one_device(params, config, mesh, batch, sizes=None):
     want_loss, want = on_one_device(params, config, batch)
     pipeline = Pipeline(config, mesh, layers_per_stage=sizes)
-    parts = pipeline.split(params)
+    parts = split_params(params, pipeline)
     results = [run(parts, pipeline, batch, schedule) for schedule in (gpipe, one_f_one_b)]
     for result in results:
         jax.tree.map(close, vars(result.loss), vars(want_loss))
-        jax.tree.map(close, pipeline.join(result.gradients), jax.device_get(want))
+        jax.tree.map(close, join_params(result.gradients, pipeline), jax.device_get(want))
         placed = [pipeline.param_shardings(stage) for stage in range(pipeline.num_stages)]
         for x, sharding in zip(
             jax.tree.leaves(result.gradients), jax.tree.leaves(placed), strict=True
@@ -177,7 +179,7 @@ def test_what_does_not_fit_is_refused_before_any_work(moe_config, batch, options
 
 def test_parameters_that_are_not_of_the_stages_are_refused(dense_config, random_params):
     pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3))
-    first, second, last = pipeline.split(random_params(dense_config))
+    first, second, last = split_params(random_params(dense_config), pipeline)
     for parts, message in (
         ((first, second), "parameters of 2 stages were given, the pipeline has 3"),
         (

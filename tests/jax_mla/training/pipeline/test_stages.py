@@ -10,7 +10,14 @@ from jax.sharding import Mesh, NamedSharding
 import jax_mla
 from jax_mla.sharding.placement import partition_spec
 from jax_mla.training import Recipe, abstract_state
-from jax_mla.training.pipeline import Pipeline, exchange, join_state, split_state
+from jax_mla.training.pipeline import (
+    Pipeline,
+    exchange,
+    join_params,
+    join_state,
+    split_params,
+    split_state,
+)
 
 
 def numbered(shapes):
@@ -48,7 +55,7 @@ def test_a_stage_has_its_layers_on_its_devices(moe_config, sizes):
     params = params_of(moe_config)
     mesh = jax_mla.make_mesh(stage=2, data=2, tensor=2)
     pipeline = Pipeline(moe_config, mesh, jax_mla.sharding.layouts.tensor_parallel(), sizes)
-    first, last = pipeline.split(params)
+    first, last = split_params(params, pipeline)
     assert first.keys() == {"embed_tokens", "dense_layers"} | (
         {"moe_layers"} if sizes[0] > 1 else set()
     )
@@ -61,27 +68,27 @@ def test_a_stage_has_its_layers_on_its_devices(moe_config, sizes):
         assert all(x.sharding.device_set == devices for x in jax.tree.leaves(part))
     head = last["lm_head"]["weight"]
     assert head.sharding.shard_shape(head.shape) == (32, 160)  # over tensor
-    assert_same(pipeline.join((first, last)), params)
+    assert_same(join_params((first, last), pipeline), params)
 
 
 def test_a_tied_embedding_is_in_the_first_and_the_last_stage(dense_config):
     params = params_of(dense_config)
     pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3))
-    parts = pipeline.split(params)
+    parts = split_params(params, pipeline)
     assert [set(part) for part in parts] == [
         {"embed_tokens", "dense_layers"},
         {"dense_layers"},
         {"embed_tokens", "dense_layers", "norm"},
     ]
-    assert_same(pipeline.join(parts), params)
+    assert_same(join_params(parts, pipeline), params)
 
 
 def test_of_two_copies_of_an_embedding_the_first_is_joined(dense_config):
     pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=2))
     params = params_of(dense_config)
-    first, last = pipeline.split(params)
+    first, last = split_params(params, pipeline)
     last["embed_tokens"]["weight"] = last["embed_tokens"]["weight"] + 1
-    assert_same(pipeline.join((first, last)), params)
+    assert_same(join_params((first, last), pipeline), params)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -99,6 +106,7 @@ def test_a_state_comes_back_to_the_bit(moe_config, optimizer):
     [
         ({"mesh": {"stage": 4}}, "4 stages need as many layers, the config has 3"),
         ({"layers_per_stage": (1, 1, 1)}, "must have 2 stages and 3 layers, it has 3 and 3"),
+        ({"layers_per_stage": [2, 1]}, r"layers_per_stage must be a tuple, got \[2, 1\]"),
         ({"layers_per_stage": (2, 2)}, "must have 2 stages and 3 layers, it has 2 and 4"),
         ({"layers_per_stage": (3, 0)}, r"layers_per_stage\[1\] must be .* at least 1, got 0"),
         (
@@ -110,7 +118,7 @@ def test_a_state_comes_back_to_the_bit(moe_config, optimizer):
             r"over 'stage' and nothing else, rules.batch is \('data', 'stage'\)",
         ),
     ],
-    ids=["few-layers", "stages", "layers", "empty-stage", "rules", "rows"],
+    ids=["few-layers", "stages", "list", "layers", "empty-stage", "rules", "rows"],
 )
 def test_a_cut_that_cannot_be_is_refused(moe_config, options, message):
     mesh = jax_mla.make_mesh(**options.pop("mesh", {"stage": 2}))
@@ -138,7 +146,7 @@ def test_zeros_keep_their_sign(moe_config, axes):
     pipeline = Pipeline(
         moe_config, jax_mla.make_mesh(**axes), jax_mla.sharding.layouts.tensor_parallel()
     )
-    joined = pipeline.join(pipeline.split(params))
+    joined = join_params(split_params(params, pipeline), pipeline)
     assert_same(joined, params)
     assert all(np.signbit(x).all() for x in jax.tree.leaves(joined))
 
@@ -146,7 +154,7 @@ def test_zeros_keep_their_sign(moe_config, axes):
 def test_the_last_stage_is_given_the_first_ones_embedding(dense_config, monkeypatch):
     """By copies, and by the programs that several processes need."""
     pipeline = Pipeline(dense_config, jax_mla.make_mesh(stage=3, data=2))
-    parts = pipeline.split(params_of(dense_config))
+    parts = split_params(params_of(dense_config), pipeline)
     parts[-1]["embed_tokens"]["weight"] = parts[-1]["embed_tokens"]["weight"] + 1
     spec = partition_spec(pipeline.rules, ("vocab", "embed"))
     for move in (exchange.move, exchange.passed_on):
