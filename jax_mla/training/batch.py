@@ -20,11 +20,23 @@ from jax_mla.training.recipe import Recipe
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of tokens; the other two fields as in `next_token_loss`. Or several such parts."""
+    """A batch of token rows, or a stack of micro-batches.
+
+    `segment_ids` and `loss_mask` as in `next_token_loss`; a negative segment id marks padding.
+    """
 
     tokens: Int[Array | np.ndarray, "*parts B T"]
     segment_ids: Int[Array | np.ndarray, "*parts B T"] | None = None
     loss_mask: Bool[Array | np.ndarray, "*parts B T"] | None = None
+
+    def is_counted(self) -> Bool[Array, "B T"]:
+        """Whether the prediction made at each position is of a token that counts."""
+        is_counted = jnp.ones(self.tokens[:, 1:].shape, bool)
+        if self.segment_ids is not None:
+            is_counted &= self.segment_ids[:, 1:] == self.segment_ids[:, :-1]
+        if self.loss_mask is not None:
+            is_counted &= self.loss_mask[:, 1:].astype(bool)
+        return jnp.pad(is_counted, ((0, 0), (0, 1)))
 
 
 def place_batch(
@@ -34,15 +46,16 @@ def place_batch(
     *,
     config: DeepSeekConfig | None = None,
 ) -> Batch:
-    """Puts the rows of a batch on the devices of `rules.batch`, or on one without a mesh.
+    """Shards the rows of a batch over the devices of `rules.batch`; without a mesh, uses one.
 
     Args:
-      batch: the whole of it, in every process.
-      config: of the model that is to read it, whose vocabulary must have its token ids; None for a
-        batch that was checked, as those of `TokenRows` are.
+      batch: the whole batch, in every process.
+      config: of the model that will read it, against which token ids are checked; None for a batch
+        that was checked before, like those of `TokenRows`.
 
     Raises:
-      ValueError: there is a config, and the batch is none for `next_token_loss`.
+      ValueError: the batch is not valid input for `next_token_loss` (checked only if config is
+        given).
     """
     if config is not None:
         check_batch(batch.tokens, config, batch.segment_ids, batch.loss_mask)
@@ -51,7 +64,7 @@ def place_batch(
     rules = ShardingRules() if rules is None else rules
     sharding = NamedSharding(mesh, partition_spec(rules, ("batch", "sequence")))
     return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), batch
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
     )
 
 
@@ -63,10 +76,12 @@ def check_rows(
     mesh: Mesh | None,
     rules: ShardingRules | None,
 ) -> None:
-    """A batch can be divided into micro-batches, and those over a mesh, which has no stages."""
-    num_parts = recipe.num_micro_batches
-    if num_rows % num_parts:
-        raise ValueError(f"{num_rows} rows cannot be divided into {num_parts} micro-batches")
+    """Rows can be divided into micro-batches, and those over a mesh, which has no stages."""
+    num_micro_batches = recipe.num_micro_batches
+    if num_rows % num_micro_batches:
+        raise ValueError(
+            f"{num_rows} rows cannot be divided into {num_micro_batches} micro-batches"
+        )
     if mesh is None:
         return
     if (num_stages := mesh.shape.get("stage", 1)) > 1:
@@ -76,7 +91,7 @@ def check_rows(
         )
     place = Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
     for axis, size, what in (
-        ("batch", num_rows // num_parts, "rows of a micro-batch"),
+        ("batch", num_rows // num_micro_batches, "rows of a micro-batch"),
         ("sequence", num_tokens, "tokens of a row"),
     ):
         if size % (parts := place.num_parts(axis)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jax_mla.params import Params, bind
 from jax_mla.sharding.divide import check_split
 from jax_mla.sharding.placement import placement_of
 from jax_mla.sharding.rules import ShardingRules
+from jax_mla.training.batch import Batch
+from jax_mla.training.pass_options import PassOptions
 from jax_mla.training.precision import Precision
 
 
@@ -27,13 +29,12 @@ class NextTokenLoss:
     """The loss of a batch, and how many of its tokens went to each expert.
 
     Attributes:
-      loss: mean negative log-likelihood in nats a token.
+      loss: mean negative log-likelihood, in nats per token.
       load: tokens of each expert of each MoE layer; None without MoE layers.
       num_tokens: tokens whose prediction is counted.
       z_loss: mean of log(sum(exp(logits))) ** 2, to be added with a small factor (1e-4).
-      balance_loss: `sequence_balance` added up over layers, mean over rows; 0 without MoE layers.
-      num_dropped: (token, expert) pairs left out for want of the rules' expert_capacity, in all
-        layers; None without one.
+      balance_loss: `sequence_balance` summed over layers, mean over rows; 0 without MoE layers.
+      num_dropped: (token, expert) pairs dropped by expert_capacity in all layers; None without one.
     """
 
     loss: Float[Array, ""]
@@ -47,16 +48,19 @@ class NextTokenLoss:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """The same before division, so that parts of a batch can be added up; or all shapes of it."""
+    """Unnormalised sums behind `NextTokenLoss`; additive over micro-batches.
 
-    nll: Any
-    squared_lse: Any
-    balance: Any
-    load: Any
-    num_dropped: Any = None
+    Also used as a tree of ShapeDtypeStructs.
+    """
+
+    nll: Float[Array, ""]
+    squared_lse: Float[Array, ""]
+    balance: Float[Array, ""]
+    load: Int[Array, "L E"] | None
+    num_dropped: Int[Array, ""] | None = None
 
     def means(self, num_tokens: Int[Array, ""], num_rows: int) -> NextTokenLoss:
-        """The loss of a batch of which these are the sums."""
+        """The loss of the batch that was summed over."""
         count = jnp.maximum(num_tokens, 1)
         return NextTokenLoss(
             loss=self.nll / count,
@@ -84,93 +88,66 @@ def next_token_loss(
     """Mean of -log p(tokens[:, t + 1] | tokens[:, : t + 1]) over all positions but the last.
 
     Args:
-      segment_ids: of packed sequences; the step from one segment to the next is not counted.
+      segment_ids: of packed sequences; the step from one segment to the next is not counted. A
+        negative id marks padding, which changes nothing but the shapes: neither the loss, its
+        gradients, the load nor what is dropped.
       loss_mask: True for tokens whose prediction counts: the answers, and not the prompts, of
         supervised fine-tuning. All are read as context. A batch without any has loss 0.
       precision: None computes in the dtype of the parameters.
-      remat: what of each block the backward pass computes again: "none", "dots" (all but the
-        outputs of projections) or "full".
-      chunk_tokens: the most tokens of a device whose logits exist at one time, here and in the
-        backward pass, which computes them again; but at least one position of every row. Devices
-        add up the head's gradient anew for every chunk.
-      deterministic: of attention's gradients, see `Recipe`.
-      rules: those by which the parameters lie on their mesh; None takes the defaults.
+      remat: what the backward pass recomputes of each block: "none", "dots" (all but the outputs
+        of projections) or "full".
+      chunk_tokens: the most tokens per device whose logits exist at one time, here and in the
+        backward pass, which recomputes them; but at least one position of every row. Devices
+        reduce the head's gradient once per chunk.
+      deterministic: gradients of attention with the same bits every time, see `Recipe`.
+      rules: those that the parameters were sharded by; None takes the defaults.
 
     Raises:
       ValueError: rows hold fewer than 2 tokens, shapes disagree, segment ids are not integers, the
         mask is not of booleans, chunk_tokens is below 1, or the mesh does not divide the rows or
         their positions.
 
-    Cost: that of `forward`, and chunk_tokens * V float32 numbers a device instead of its logits, or
-    those of one position of every row where that is more.
+    Cost: that of `forward`, with chunk_tokens * V float32 numbers per device instead of all logits,
+    or one position's logits of every row where that is more.
     """
     tokens, segment_ids = check_batch(tokens, config, segment_ids, loss_mask)
     check_split(tokens, placement_of(params, rules))
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    options = {
-        "precision": precision,
-        "remat": remat,
-        "chunk_tokens": chunk_tokens,
-        "deterministic": deterministic,
-        "rules": rules,
-    }
-    return _next_token_loss(params, config, tokens, segment_ids, loss_mask, **options)
+    options = PassOptions(precision, remat, chunk_tokens, deterministic)
+    batch = Batch(tokens, segment_ids, loss_mask)
+    return _next_token_loss(params, config, batch, options, rules)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "precision", "remat", "chunk_tokens", "deterministic", "rules"),
-)
-def _next_token_loss(params, config, tokens, segment_ids, loss_mask, **options):
-    is_counted = counted(tokens, segment_ids, loss_mask)
-    _, sums = loss_sums(params, config, tokens, is_counted, segment_ids, **options)
-    return sums.means(is_counted.sum(), tokens.shape[0])
-
-
-def counted(
-    tokens: Int[Array | np.ndarray, "B T"],
-    segment_ids: Int[Array | np.ndarray, "B T"] | None,
-    loss_mask: Bool[Array | np.ndarray, "B T"] | None,
-) -> Bool[Array, "B T"]:
-    """Whether the prediction made at each position is of a token that counts."""
-    is_counted = jnp.ones(tokens[:, 1:].shape, bool)
-    if segment_ids is not None:
-        is_counted &= segment_ids[:, 1:] == segment_ids[:, :-1]
-    if loss_mask is not None:
-        is_counted &= loss_mask[:, 1:].astype(bool)
-    return jnp.pad(is_counted, ((0, 0), (0, 1)))
+@functools.partial(jax.jit, static_argnames=("config", "options", "rules"))
+def _next_token_loss(params, config, batch: Batch, options: PassOptions, rules):
+    _, sums = loss_sums(params, config, batch, options, rules=rules)
+    return sums.means(batch.is_counted().sum(), batch.tokens.shape[0])
 
 
 def loss_sums(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array | np.ndarray, "B T"],
-    is_counted: Bool[Array | np.ndarray, "B T"],
-    segment_ids: Int[Array | np.ndarray, "B T"] | None,
+    batch: Batch,
+    options: PassOptions,
     *,
-    precision: Precision | None,
-    remat: Remat,
-    chunk_tokens: int,
-    deterministic: bool = False,
     rules: ShardingRules | None,
     layers: tuple[int, int] | None = None,
     x: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], LossSums]:
-    """The hidden states, and what `next_token_loss` divides; for the inside of a jit.
+    """Hidden states, and the sums that `next_token_loss` divides. Call inside jit.
 
     Args:
-      layers: the first and the end of those that `params` hold, a part of the model; None: all.
-        Such a part adds its own terms, and only the last part has a likelihood.
-      x: the hidden states before them; None embeds the tokens.
+      layers: half-open range [first, end) that `params` covers, a pipeline stage; None for all. A
+        stage adds the balance loss and load of its own layers; only the last one has a likelihood.
+      x: hidden states before these layers; None embeds the tokens.
     """
 
+    precision = options.precision
     narrow = params if precision is None else precision.to_compute(params)
     trunk = bind(narrow, config, rules, layers=layers)
-    tokens = jnp.asarray(tokens)
-    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    phase = trunk.full(tokens, segment_ids=segment_ids, deterministic=deterministic)
-    out = trunk.run(tokens if x is None else x, phase, trace="load", remat=remat)
+    tokens = jnp.asarray(batch.tokens)
+    segment_ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
+    phase = trunk.full(tokens, segment_ids=segment_ids, deterministic=options.deterministic)
+    out = trunk.run(tokens if x is None else x, phase, trace="load", remat=options.remat)
     x, loads = out.x, out.load
     of_layers = (jnp.zeros(()), None, None)
     if loads is not None:
@@ -178,8 +155,8 @@ def loss_sums(
         of_layers = loads.balance.sum(), loads.load, num_dropped
     if not trunk.is_last:
         return x, LossSums(jnp.zeros(()), jnp.zeros(()), *of_layers)
-    # The head narrows the weights as they were given, so that its gradients are summed over the
-    # chunks in their dtype and not in that of the activations.
+    # The head narrows the weights by itself, so that its gradients are summed over the chunks in
+    # the weights' dtype and not in that of the activations.
     model = bind(params, config, rules, layers=layers)
     logits_dtype = "float32" if precision is None else precision.logits
     place = model.placement
@@ -188,20 +165,26 @@ def loss_sums(
         lambda x: model.head(x).astype(logits_dtype).astype(jnp.float32),
         x,
         jnp.roll(tokens, -1, axis=1),
-        is_counted,
-        chunk_tokens * devices,
+        batch.is_counted(),
+        options.chunk_tokens * devices,
     )
     return x, LossSums(nll, squared_lse, *of_layers)
 
 
-def _summed_over_chunks(head, x, labels, is_counted, chunk_tokens) -> tuple[Array, Array]:
-    """Sums of -log p(label) and of lse ** 2; only a chunk's logits exist at one time."""
+def _summed_over_chunks(
+    head: Callable[[Array], Array],
+    x: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    is_counted: Bool[Array, "B T"],
+    chunk_tokens: int,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums of -log p(label) and of lse ** 2; only one chunk's logits exist at a time."""
     batch, num_positions, _ = x.shape
     num_chunks = -(-num_positions // max(1, chunk_tokens // batch))
 
     def split(a):
-        # Chunk i takes the positions i, i + num_chunks, ...: where T is spread over devices, each
-        # of them has a part of every chunk.
+        # Chunk i takes the positions i, i + num_chunks, ...: where T is sharded, every device has
+        # positions of every chunk.
         a = jnp.pad(a, ((0, 0), (0, -num_positions % num_chunks), *((0, 0),) * (a.ndim - 2)))
         return jnp.moveaxis(a.reshape(batch, -1, num_chunks, *a.shape[2:]), 2, 0)
 

@@ -14,6 +14,7 @@ from jax_mla.training.learning_rate import (
     cosine,
     warmup_stable_decay,
 )
+from jax_mla.training.pass_options import PassOptions
 from jax_mla.training.precision import Precision
 
 OptimizerName = Literal["adamw", "muon"]
@@ -105,6 +106,11 @@ class Recipe:
         make = cosine if self.schedule == "cosine" else warmup_stable_decay
         options = {"num_steps": self.num_steps, "final": self.final_learning_rate}
         return make(self.learning_rate, **options, **self._lengths())
+
+    @property
+    def pass_options(self) -> PassOptions:
+        """The fields that say how a forward and backward pass is computed."""
+        return PassOptions(self.precision, self.remat, self.chunk_tokens, self.deterministic)
 
     def _lengths(self) -> dict[str, int]:
         """Steps of warmup, and of decay where the schedule has a phase of its own for it."""

@@ -1,16 +1,16 @@
-"""What a training run changes: weights, optimizer state and counters, and where they live."""
+"""What a training run changes: weights, optimizer state and counters, and their shardings."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params, check_shapes, init, param_shardings
@@ -22,20 +22,22 @@ from jax_mla.training.recipe import Recipe
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that one training step takes and gives; also, of that, all shapes or shardings.
+    """What a training step consumes and returns.
+
+    The same tree may hold ShapeDtypeStructs or NamedShardings.
 
     Attributes:
       params: the weights in `Precision.param`; a router's correction bias in float32.
-      opt_state: of optax.
-      step: batches seen, which is the position in the data; an int32 scalar, like the next.
+      opt_state: from optax.
+      step: batches seen, which is the position in the data.
       num_skipped: batches that changed nothing because float16 gradients overflowed.
       loss_scale: what float16 losses are multiplied by; None for other formats.
     """
 
     params: Params
-    opt_state: Any
-    step: Any
-    num_skipped: Any
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    num_skipped: Int[Array, ""]
     loss_scale: DynamicScale | None
 
 
@@ -48,11 +50,11 @@ def init_state(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> TrainState:
-    """The state before the first step, made where it is to live.
+    """The state before the first step, computed directly into its shards.
 
     Args:
       params: weights to start from, for fine-tuning; they are copied. None draws them with `key`.
-      mesh: places the state by `rules`; None leaves it on one device.
+      mesh: shards the state by `rules`; None leaves it on one device.
 
     Raises:
       ValueError: the parameters are not those of the config.
@@ -90,7 +92,7 @@ def abstract_state(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> TrainState:
-    """`init_state` with ShapeDtypeStructs instead of arrays, placed if there is a mesh."""
+    """`init_state` with ShapeDtypeStructs instead of arrays, with shardings if there is a mesh."""
     shapes = _abstract(config, recipe)
     if mesh is None:
         return shapes
@@ -111,13 +113,13 @@ def _abstract(config: DeepSeekConfig, recipe: Recipe) -> TrainState:
 def state_shardings(
     config: DeepSeekConfig, mesh: Mesh, rules: ShardingRules | None = None, *, recipe: Recipe
 ) -> TrainState:
-    """The tree of `init_state`, holding a NamedSharding where it holds an array.
+    """The tree of `init_state` with NamedShardings instead of arrays.
 
-    Weights go where `rules` say, the optimizer's moments where `rules.optimizer()` says, scalars
-    to every device.
+    Weights are sharded by `rules`, the optimizer's moments by `rules.optimizer()`, and scalars are
+    replicated.
 
     Raises:
-      ValueError: a mesh axis does not divide the axis that it is to split.
+      ValueError: the size of an axis is not divisible by the mesh axes that it is sharded over.
     """
     rules = ShardingRules() if rules is None else rules
     shapes, everywhere = _abstract(config, recipe), NamedSharding(mesh, PartitionSpec())
@@ -130,8 +132,8 @@ def state_shardings(
     }
 
     def place(path, _):
-        # A moment lies in a tree like that of the weights, so its path ends with its weight's;
-        # counters and Muon's coefficients lie in none.
+        # A moment is in a tree like that of the weights, so its path ends with its weight's;
+        # counters and Muon's coefficients are in none.
         names = _names(path)
         ends = (names[i:] for i in range(len(names)))
         return next((of_moments[end] for end in ends if end in of_moments), everywhere)
@@ -144,5 +146,5 @@ def state_shardings(
 
 
 def _names(path) -> tuple[str, ...]:
-    """The dict keys of a path; what lies between them in optax's tuples has no part in it."""
+    """The dict keys of a path, without the entries of optax's tuples between them."""
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))

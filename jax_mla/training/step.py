@@ -1,9 +1,10 @@
-"""One training step: gradients of a batch in parts, the update, the router's bias."""
+"""One training step: gradients by micro-batch, the update, the router's bias."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params, param_shardings
 from jax_mla.sharding.rules import ShardingRules
 from jax_mla.training.batch import Batch, check_rows
-from jax_mla.training.loss import LossSums, NextTokenLoss, counted, loss_sums
+from jax_mla.training.loss import LossSums, NextTokenLoss, loss_sums
 from jax_mla.training.optimizer import make_optimizer, square_sum
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.router_bias import has_router_bias, update_router_bias
@@ -28,12 +29,12 @@ from jax_mla.training.state import TrainState, state_shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What a step saw. Names of `NextTokenLoss` as there; of the batch, before the update.
+    """Metrics of one step, computed before the update; shared fields as in `NextTokenLoss`.
 
     Attributes:
-      grad_norm: global, before clipping; float32.
-      learning_rate: that of this step.
-      is_skipped: float16 gradients overflowed, and nothing but the loss scale was changed.
+      grad_norm: global norm of the gradients before clipping; float32.
+      learning_rate: of this step.
+      is_skipped: float16 gradients overflowed, and only the loss scale changed.
     """
 
     loss: Float[Array, ""]
@@ -59,19 +60,19 @@ def train_step(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """Updates the weights with one batch. Jitted; `state` is donated, so use only what returns.
+    """Updates the weights with one batch. Jitted; `state` is donated, so use only what is returned.
 
-    The result does not depend on `recipe.num_micro_batches` but for rounding: means are over all
+    Up to rounding, the result does not depend on `recipe.num_micro_batches`: means are over all
     tokens of the batch. The router's bias moves once, by the load of the whole batch.
 
     Args:
-      batch: see `place_batch` for putting it on a mesh, which also looks at token ids: here, under
-        jit, only shapes and dtypes can be checked.
-      mesh: constrains gradients to `rules.gradients()` and the new state to where the old one
-        was; None for a single device.
+      batch: `place_batch` shards it over a mesh and can check token ids; here, under jit, only
+        shapes and dtypes can be checked.
+      mesh: shards gradients by `rules.gradients()` and the new state like the old one; None for a
+        single device.
 
     Raises:
-      ValueError: shapes or dtypes of the batch are not as in `next_token_loss`, the rows cannot be
+      ValueError: shapes or dtypes of the batch are not as in `next_token_loss`, its rows cannot be
         divided by the micro-batches and the devices of `rules.batch`, or the mesh has stages.
     """
     rules = ShardingRules() if rules is None else rules
@@ -79,22 +80,12 @@ def train_step(
     batch = Batch(tokens, ids, batch.loss_mask)
     check_rows(*batch.tokens.shape, recipe=recipe, mesh=mesh, rules=rules)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
-    num_tokens = counted(batch.tokens, batch.segment_ids, batch.loss_mask).sum()
+    num_tokens, num_rows = batch.is_counted().sum(), batch.tokens.shape[0]
 
     def gradients_of(batch: Batch) -> tuple[Params, LossSums]:
         def scaled_objective(params):
-            _, sums = loss_sums(
-                params,
-                config,
-                batch.tokens,
-                counted(batch.tokens, batch.segment_ids, batch.loss_mask),
-                batch.segment_ids,
-                precision=recipe.precision,
-                remat=recipe.remat,
-                chunk_tokens=recipe.chunk_tokens,
-                deterministic=recipe.deterministic,
-                rules=None if mesh is None else rules,
-            )
+            by = None if mesh is None else rules
+            _, sums = loss_sums(params, config, batch, recipe.pass_options, rules=by)
             return objective(sums, recipe, num_tokens, num_rows) * scale, sums
 
         gradients, sums = jax.grad(scaled_objective, has_aux=True)(state.params)
@@ -104,8 +95,7 @@ def train_step(
             gradients = jax.lax.with_sharding_constraint(gradients, placed)
         return gradients, sums
 
-    num_rows = batch.tokens.shape[0]
-    gradients, sums = _added_up(gradients_of, batch, recipe.num_micro_batches)
+    gradients, sums = _summed(gradients_of, batch, recipe.num_micro_batches)
     gradients = jax.tree.map(lambda g, p: (g / scale).astype(p.dtype), gradients, state.params)
     is_finite = jnp.array(True) if state.loss_scale is None else all_finite(gradients)
     new_state = updated(state, gradients, sums.load, recipe, is_finite)
@@ -113,16 +103,26 @@ def train_step(
         new_state = jax.lax.with_sharding_constraint(
             new_state, state_shardings(config, mesh, rules, recipe=recipe)
         )
-    grad_norm, loss = jnp.sqrt(square_sum(gradients)), sums.means(num_tokens, num_rows)
+    grad_norm = jnp.sqrt(square_sum(gradients))
+    loss = sums.means(num_tokens, num_rows)
     return new_state, step_metrics(state, loss, grad_norm, is_finite, recipe)
 
 
 def step_metrics(
-    state: TrainState, loss: NextTokenLoss, grad_norm, is_finite, recipe: Recipe
+    state: TrainState,
+    loss: NextTokenLoss,
+    grad_norm: Float[Array, ""],
+    is_finite: Bool[Array, ""],
+    recipe: Recipe,
 ) -> StepMetrics:
-    """What is reported of a step from `state`."""
+    """The metrics of the step that begins with `state`."""
     return StepMetrics(
-        **vars(loss),
+        loss=loss.loss,
+        load=loss.load,
+        num_tokens=loss.num_tokens,
+        z_loss=loss.z_loss,
+        balance_loss=loss.balance_loss,
+        num_dropped=loss.num_dropped,
         grad_norm=grad_norm,
         learning_rate=jnp.asarray(recipe.rate(state.step - state.num_skipped), jnp.float32),
         is_skipped=~is_finite,
@@ -132,41 +132,50 @@ def step_metrics(
 def objective(
     sums: LossSums, recipe: Recipe, num_tokens: Int[Array, ""], num_rows: int | Array
 ) -> Float[Array, ""]:
-    """What part of a batch, of which these are the sums, adds to what is minimised.
+    """This micro-batch's contribution to the training objective, from its sums.
 
     Args:
-      num_tokens, num_rows: of the whole batch; tokens whose prediction is counted.
+      num_tokens: tokens of the whole batch whose prediction is counted.
+      num_rows: rows of the whole batch.
     """
     total = (sums.nll + recipe.z_loss * sums.squared_lse) / jnp.maximum(num_tokens, 1)
     return total + recipe.balance_loss * sums.balance / num_rows
 
 
-def _added_up(gradients_of, batch: Batch, num_parts: int) -> tuple[Params, LossSums]:
-    """Gradients and sums of every part of the batch, added up; one part's activations at a time."""
-    if num_parts == 1:
+def _summed(
+    gradients_of: Callable[[Batch], tuple[Params, LossSums]], batch: Batch, num_micro_batches: int
+) -> tuple[Params, LossSums]:
+    """Gradients and sums, added up over micro-batches; one's activations exist at a time."""
+    if num_micro_batches == 1:
         return gradients_of(batch)
 
     def split(x):
-        # Part i takes the rows i, i + num_parts, ...: where rows are spread over devices, each of
-        # them has rows of every part.
-        return jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0)
+        # Micro-batch i takes the rows i, i + num_micro_batches, ...: where rows are sharded, every
+        # device has rows of every micro-batch.
+        return jnp.moveaxis(x.reshape(-1, num_micro_batches, *x.shape[1:]), 1, 0)
 
-    parts = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], parts))
+    micro_batches = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], micro_batches))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, gradients_of(part)), None
+    def add(total, micro_batch):
+        return jax.tree.map(jnp.add, total, gradients_of(micro_batch)), None
 
-    return jax.lax.scan(add, zeros, parts)[0]
+    return jax.lax.scan(add, zeros, micro_batches)[0]
 
 
 def all_finite(gradients: Params) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]).all()
 
 
-def updated(state: TrainState, gradients: Params, load, recipe: Recipe, is_finite) -> TrainState:
-    """The next state; its weights are the old ones where float16 gradients are not finite."""
+def updated(
+    state: TrainState,
+    gradients: Params,
+    load: Int[Array, "L E"] | None,
+    recipe: Recipe,
+    is_finite: Bool[Array, ""],
+) -> TrainState:
+    """The next state; it keeps the old weights where float16 gradients are not finite."""
     updates, opt_state = make_optimizer(recipe).update(gradients, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     if load is not None and recipe.router_bias_rate and has_router_bias(params):
@@ -185,7 +194,7 @@ def updated(state: TrainState, gradients: Params, load, recipe: Recipe, is_finit
 
 
 def next_loss_scale(scale: DynamicScale, is_finite: Bool[Array, ""]) -> DynamicScale:
-    """Flax's rule, for gradients that were added up outside of `DynamicScale.value_and_grad`.
+    """Flax's rule, for gradients that were summed outside of `DynamicScale.value_and_grad`.
 
     The scale is halved by an overflow, and doubled after growth_interval steps without one.
     """

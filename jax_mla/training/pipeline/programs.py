@@ -1,4 +1,4 @@
-"""What a stage's devices run: forward, backward, the end of the gradients, the update."""
+"""The programs of a stage's devices: forward, backward, the reduction of gradients, the update."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params
 from jax_mla.sharding.placement import constrain_tokens, placement_of
 from jax_mla.training.batch import Batch
-from jax_mla.training.loss import LossSums, NextTokenLoss, counted, loss_sums
+from jax_mla.training.loss import LossSums, NextTokenLoss, loss_sums
 from jax_mla.training.optimizer import clipped, square_sum
 from jax_mla.training.pipeline.stages import Pipeline
 from jax_mla.training.recipe import Recipe
@@ -29,30 +29,24 @@ _of_stage = functools.partial(jax.jit, static_argnames=_STATIC)
 def forward(
     params: Params, x: Array | None, batch: Batch, *, pipeline: Pipeline, stage: int, recipe: Recipe
 ) -> tuple[Array | None, LossSums]:
-    """The hidden states for the next stage, None after the last, and this one's part of the loss.
+    """Hidden states for the next stage (None after the last), and this stage's sums of the loss.
 
     Args:
-      x: the hidden states of a micro-batch; None in the first stage.
+      x: hidden states of a micro-batch; None in the first stage.
 
     Returns:
-      Sums on every device of the stage, so that what is made of them needs no collectives.
+      Sums replicated over the stage, so that programs that read them need no collectives.
     """
     x, sums = _forward(params, x, batch, pipeline, stage, recipe)
     return x, jax.lax.with_sharding_constraint(sums, pipeline.sharding(stage))
 
 
 def _forward(params, x, batch, pipeline, stage, recipe):
-    is_counted = counted(batch.tokens, batch.segment_ids, batch.loss_mask)
     x, sums = loss_sums(
         params,
         pipeline.config,
-        batch.tokens,
-        is_counted,
-        batch.segment_ids,
-        precision=recipe.precision,
-        remat=recipe.remat,
-        chunk_tokens=recipe.chunk_tokens,
-        deterministic=recipe.deterministic,
+        batch,
+        recipe.pass_options,
         rules=pipeline.stage_rules,
         layers=pipeline.layers[stage],
         x=x,
@@ -77,7 +71,7 @@ def backward(
     stage: int,
     recipe: Recipe,
 ) -> tuple[Params, Array | None]:
-    """The gradients with a micro-batch's added, and that of x; computes the stage again from x."""
+    """Adds a micro-batch's gradients, and returns that of x; recomputes the stage from x."""
 
     def run(params, x):
         y, sums = _forward(params, x, batch, pipeline, stage, recipe)
@@ -86,14 +80,14 @@ def backward(
     _, pull_back = jax.vjp(run, params, x)
     of_params, of_x = pull_back((output_gradient, jnp.ones(())))
     added = jax.tree.map(lambda total, g: total + g.astype(total.dtype), gradients, of_params)
-    if of_x is not None:  # as the stage before laid x out
+    if of_x is not None:  # sharded like x, as the stage before made it
         of_x = constrain_tokens(of_x, placement_of(params, pipeline.stage_rules))
     return jax.lax.with_sharding_constraint(added, _gradient_shardings(pipeline, stage)), of_x
 
 
 @_of_stage
 def no_gradients(params: Params, *, pipeline: Pipeline, stage: int, recipe: Recipe) -> Params:
-    """Zeros in `Precision.reduce`, where the rules put gradients."""
+    """Zeros in `Precision.reduce`, sharded like gradients."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, recipe.precision.reduce), params)
     return jax.lax.with_sharding_constraint(zeros, _gradient_shardings(pipeline, stage))
 
@@ -115,7 +109,7 @@ def square_sum_and_finiteness(gradients: Params) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, static_argnames="is_scaled")
 def norm_of(squares: Array, finite: Array, *, is_scaled: bool) -> tuple[Array, Array]:
-    """The norm of all gradients from the square sums of the stages, and whether all are finite."""
+    """The global norm from the stages' sums of squares, and whether all gradients are finite."""
     return jnp.sqrt(squares.sum()), finite.all() if is_scaled else jnp.array(True)
 
 
@@ -127,7 +121,7 @@ def added_up(sums: list[LossSums]) -> LossSums:
 
 @functools.partial(jax.jit, static_argnames=("config", "num_layers"))
 def evened(sums: LossSums, config: DeepSeekConfig, num_layers: int) -> LossSums:
-    """Sums in the same shapes in every stage: loads of `num_layers` layers, of which some are 0."""
+    """Sums padded to the same shapes in every stage: a load of `num_layers` layers."""
     load = jnp.zeros((num_layers, config.n_routed_experts or 0), jnp.int32)
     if sums.load is not None:
         load = load.at[: len(sums.load)].set(sums.load)
@@ -144,12 +138,13 @@ def mean_loss(
     num_moe: tuple[int, ...],
     counts_dropped: bool,
 ) -> NextTokenLoss:
-    """The loss of a batch from what `evened` gave in every stage.
+    """The loss of a batch from the results of `evened` of every stage.
 
     Args:
-      sums: with an axis of stages first.
-      num_moe: how many layers of experts every stage has.
+      sums: with a leading axis of stages.
+      num_moe: MoE layers per stage.
     """
+    assert sums.load is not None and sums.num_dropped is not None  # `evened` filled them in
     loads = [load[:n] for load, n in zip(sums.load, num_moe, strict=True)]
     return LossSums(
         nll=sums.nll[-1],
@@ -174,15 +169,15 @@ def update(
 ) -> TrainState:
     """A stage's next state; gradients are clipped by the norm of all stages."""
     if (limit := recipe.clip_norm) is not None:
-        # The optimizer clips too, by the norm of this stage alone, which is no larger and leaves
-        # it nothing to do.
+        # The optimizer clips too, by the norm of this stage alone, which is no larger: it then has
+        # nothing left to clip.
         gradients = clipped(gradients, grad_norm, limit)
     new_state = updated(state, gradients, load, recipe, is_finite)
     return jax.lax.with_sharding_constraint(new_state, stage_shardings(pipeline, stage, recipe))
 
 
 def stage_shardings(pipeline: Pipeline, stage: int, recipe: Recipe) -> Any:
-    """The tree of a stage's TrainState, holding a NamedSharding where it holds an array."""
+    """The tree of a stage's TrainState with NamedShardings instead of arrays."""
     whole = state_shardings(
         pipeline.config, pipeline.meshes[stage], pipeline.stage_rules, recipe=recipe
     )

@@ -10,16 +10,16 @@ from numerics import assert_close
 
 import jax_mla
 from jax_mla.training import Batch, Precision, Recipe
-from jax_mla.training.loss import counted, loss_sums
+from jax_mla.training.loss import loss_sums
 from jax_mla.training.pipeline import (
     Pipeline,
-    execute,
     gpipe,
     join_params,
     loss_and_gradients,
     one_f_one_b,
     simulate,
     split_params,
+    stage_queue,
 )
 from jax_mla.training.step import objective
 
@@ -46,14 +46,10 @@ def batch_of(num_rows):
 @functools.partial(jax.jit, static_argnames="config")
 def on_one_device(params, config, batch):
     """The loss and the gradients of the whole batch at once."""
-    is_counted = counted(batch.tokens, batch.segment_ids, batch.loss_mask)
-    num_tokens, num_rows = is_counted.sum(), len(batch.tokens)
+    num_tokens, num_rows = batch.is_counted().sum(), len(batch.tokens)
 
     def minimised(params):
-        _, sums = loss_sums(
-            params, config, batch.tokens, is_counted, batch.segment_ids,
-            precision=RECIPE.precision, remat="none", chunk_tokens=4096, rules=None,
-        )  # fmt: skip
+        _, sums = loss_sums(params, config, batch, RECIPE.pass_options, rules=None)
         return objective(sums, RECIPE, num_tokens, num_rows), sums.means(num_tokens, num_rows)
 
     gradients, loss = jax.grad(minimised, has_aux=True)(params)
@@ -119,7 +115,7 @@ def test_a_dense_model_with_a_tied_embedding_in_three_stages(
 
     with pytest.raises(ValueError, match="no durations were measured"):
         in_turns.execution.timeline()
-    monkeypatch.setattr(execute, "time", ticking(one_f_one_b(3, M)))
+    monkeypatch.setattr(stage_queue, "time", ticking(one_f_one_b(3, M)))
     measured = run(parts, pipeline, batch, one_f_one_b, measure=True).execution
     assert measured.peak_held == held
     assert measured.forward_seconds == (3.5, 4.5, 5.5)
