@@ -69,7 +69,27 @@ def check_aligned(
         positions = as_int32("positions", positions)
         if (values := concrete(positions)) is not None:
             check_rope(int(values.max()) + 1, config)
-    return positions, None if segment_ids is None else as_int32("segment_ids", segment_ids)
+    if segment_ids is not None:
+        segment_ids = as_int32("segment_ids", segment_ids)
+        if positions is None:
+            _check_segments(segment_ids)
+    return positions, segment_ids
+
+
+def _check_segments(segment_ids: jax.Array) -> None:
+    """Every segment is in one place of its row: positions are counted anew where an id begins."""
+    if (ids := concrete(segment_ids)) is None:
+        return
+    begins = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    rows, columns = np.nonzero(begins & (ids >= 0))  # padding, below 0, may be anywhere
+    segments = np.stack([rows, ids[rows, columns]], axis=1)
+    found, counts = np.unique(segments, axis=0, return_counts=True)
+    if (counts > 1).any():
+        row, segment = found[counts > 1][0]
+        raise ValueError(
+            f"the tokens of a segment must follow each other, got segment id {segment} of row "
+            f"{row} again after another id"
+        )
 
 
 def check_batch(

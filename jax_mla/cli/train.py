@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     summary = {
         "reason": stopped_by if result.reason == "stopped" else "finished",
         "step": int(result.state.step),
-        "skipped_steps": int(result.state.num_skipped),
+        "skipped_steps": result.num_skipped,
         **metrics.summary(),
         "data": {
             "files": len(data.files),

@@ -54,6 +54,8 @@ class Metrics:
 
     def add(self, step: StepReport) -> None:
         row = dataclasses.asdict(step) | {"mfu": self._mfu(step.tokens_per_second)}
+        if step.is_skipped:  # JSON has no infinity
+            row["grad_norm"] = None
         self._rows.append(row)
         if not self._is_first_process:
             return
@@ -129,7 +131,10 @@ def _step_of(line: str) -> float:
 def _text(row: dict[str, Any]) -> str:
     mfu = "" if row["mfu"] is None else f"  {row['mfu']:.1%} MFU"
     dropped = f"  {row['num_dropped']:,} choices dropped" if row["num_dropped"] else ""
-    return f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}{dropped}"
+    num_skipped = row["num_skipped"]
+    skipped = f"  {num_skipped:,} of {row['step']:,} steps skipped" if num_skipped else ""
+    speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+    return f"loss {row['loss']:.4f}  {speed}{mfu}{dropped}{skipped}"
 
 
 def _open_bar(num_steps: int) -> Progress:

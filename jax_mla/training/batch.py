@@ -33,10 +33,17 @@ class Batch:
         """Whether the prediction made at each position is of a token that counts."""
         is_counted = jnp.ones(self.tokens[:, 1:].shape, bool)
         if self.segment_ids is not None:
-            is_counted &= self.segment_ids[:, 1:] == self.segment_ids[:, :-1]
+            before, after = self.segment_ids[:, :-1], self.segment_ids[:, 1:]
+            is_counted &= (before == after) & (after >= 0)
         if self.loss_mask is not None:
             is_counted &= self.loss_mask[:, 1:].astype(bool)
         return jnp.pad(is_counted, ((0, 0), (0, 1)))
+
+    def num_rows(self) -> int | Int[Array, ""]:
+        """Rows that hold more than padding."""
+        if self.segment_ids is None:
+            return self.tokens.shape[0]
+        return jnp.asarray(self.segment_ids >= 0).any(axis=1).sum(dtype=jnp.int32)
 
 
 def place_batch(

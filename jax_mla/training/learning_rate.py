@@ -63,6 +63,7 @@ def _by_step(
     decay_steps: int,
 ) -> LearningRate:
     def rate(step):
+        step = jnp.asarray(step, jnp.float32)
         warm = peak * (step + 1) / max(warmup_steps, 1)
         progress = jnp.clip((step - (num_steps - decay_steps)) / decay_steps, 0.0, 1.0)
         return jnp.where(step < warmup_steps, warm, decayed(progress))

@@ -1,4 +1,4 @@
-"""The training loop: steps, reports, checkpoints, and going on where a run was stopped."""
+"""The training loop: steps, reports, checkpoints, and resuming a run that was stopped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh
 
 from jax_mla.checks.sizes import check_positive
@@ -27,24 +28,27 @@ from jax_mla.training.step import StepMetrics
 
 ParamsLoader = Callable[[ShardingRules | None], Params]
 
-# Fields of a recipe that a resumed run may have otherwise: how far it goes, how its sums are cut
-# into parts, and whether a GPU adds them up in one order.
+# Fields of a recipe that may differ in a resumed run: its length, how its sums are divided, and
+# whether a GPU adds them up in one order.
 _MAY_CHANGE = {"num_steps", "num_micro_batches", "remat", "chunk_tokens", "deterministic"}
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """One step in numbers of Python.
+    """The metrics of one step as Python numbers.
 
     Attributes:
       step: counted from 1.
-      loss: in nats a token.
+      loss: in nats per token.
+      grad_norm: not finite if the step was skipped.
       num_tokens: tokens whose prediction was counted.
-      seconds: since the report before; of the first step, since it began, compilation included.
-      tokens_per_second: of all tokens of the batch.
+      is_skipped: float16 gradients overflowed, and only the loss scale changed.
+      num_skipped: steps of the run that were skipped, this one included.
       largest_load: tokens of the busiest expert over the mean, in the worst layer; None without
-        experts.
-      num_dropped: (token, expert) pairs left out for want of capacity; None without a capacity.
+        experts, or in a batch of nothing but padding.
+      num_dropped: (token, expert) pairs dropped by expert_capacity; None without one.
+      seconds: since the previous report; for the first step, since it began, with compilation.
+      tokens_per_second: of all tokens of the batch, padding included.
     """
 
     step: int
@@ -53,6 +57,7 @@ class StepReport:
     learning_rate: float
     num_tokens: int
     is_skipped: bool
+    num_skipped: int
     largest_load: float | None
     num_dropped: int | None
     seconds: float
@@ -61,10 +66,15 @@ class StepReport:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """The last state, and whether the run came to its end or was asked to stop."""
+    """The last state, whether the run finished or was asked to stop, and how many steps it skipped.
+
+    Attributes:
+      num_skipped: steps since the run began that changed nothing, as float16 gradients overflowed.
+    """
 
     state: TrainState
     reason: Literal["finished", "stopped"]
+    num_skipped: int
 
 
 def train(
@@ -85,34 +95,35 @@ def train(
     on_notice: Callable[[str], None] = print,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
-    """Trains for `recipe.num_steps` batches; a run that was interrupted goes on where it was.
+    """Trains for `recipe.num_steps` batches, or resumes a run that was interrupted.
 
     On a CPU equal calls give equal bits, interrupted or not; on a GPU the last bits may vary, see
     `Recipe.deterministic`.
 
     Args:
-      data: batch i is that of step i.
+      data: step i reads batch i.
       seed: of the initial weights.
-      params: weights to start from instead; or a function that loads them, given the rules by
-        which the state lies on the mesh. It is called where a run begins, not where one resumes.
-      mesh: one with stages is driven as a pipeline, of `recipe.num_micro_batches`. It holds the
-        state a second time when a run begins, is saved and ends, by `Pipeline.joined_rules`.
-      pipeline_schedule: of its stages, `pipeline.gpipe`, `pipeline.one_f_one_b` or your own; None
-        takes the second.
+      params: weights to start from instead; or a function that loads them, which takes the rules
+        that the state is sharded by. It is called only when a run begins, not when it resumes.
+      mesh: a mesh with stage > 1 runs as a pipeline with `recipe.num_micro_batches`. A second,
+        joined copy of the state exists at the start, at every save and at the end.
+      pipeline_schedule: `pipeline.gpipe`, `pipeline.one_f_one_b` or your own; None takes 1F1B.
       checkpoints: where to save every `save_every` steps and at the end; None does not save.
-      resume: goes on from the newest whole step of `checkpoints`, on any mesh; begins anew where
-        there is none.
-      on_begin: is called once, with the steps that are done, when everything was checked and the
-        first step is about to be computed.
-      on_step: is called once for every step, while the next one is computed.
-      on_notice: is told from where a run resumes, and of steps that were damaged.
+      resume: continues from the newest undamaged step of `checkpoints`, on any mesh; starts from
+        the beginning if there is none.
+      on_begin: called once, with the number of steps that are done, when everything is checked and
+        before the first step is computed.
+      on_step: called once per step, while the next one is computed.
+      on_notice: called with a sentence about the step that a run resumes from, and about damaged
+        steps.
       should_stop: asked after every step; True in any process saves and returns.
 
     Raises:
-      ValueError: the folder holds steps and `resume` is False; the config, recipe or data are not
-        those of the saved run (both values are named); the data are not for the config or cannot
-        be divided over the mesh; or the loss or the gradients' norm is not finite, in which case
-        nothing is saved after the last good step.
+      ValueError: the folder holds steps and `resume` is False; config, recipe or data differ from
+        the saved run (both values are named); the data do not fit the config or cannot be divided
+        over the mesh; the loss is not finite, or the gradients' norm, unless float16 skips the
+        step; float16 gradients overflow at a loss scale of 1; or every step of the run was skipped.
+        Nothing is saved after the last good step.
     """
     check_positive(save_every=save_every)
     driver = driver_for(config, recipe, mesh, rules, pipeline_schedule)
@@ -137,10 +148,20 @@ def train(
             break
     progress.settle()
     state = driver.join(state)
+    num_skipped = int(state.num_skipped)
+    if reason == "finished" and num_skipped == step:
+        raise ValueError(
+            f"all {step} steps were skipped, as their float16 gradients overflowed; the loss scale "
+            f"is now {_loss_scale(state.loss_scale)}. Train for more steps, or in bfloat16"
+        )
     progress.save(state)
     if checkpoints is not None:
         checkpoints.wait()
-    return TrainResult(state, reason)
+    return TrainResult(state, reason, num_skipped)
+
+
+def _loss_scale(scale: DynamicScale | None) -> str:
+    return "none" if scale is None else f"{float(scale.scale):g}"
 
 
 class _Progress:
@@ -152,7 +173,7 @@ class _Progress:
         self._began, self._waiting = time.perf_counter(), None
 
     def add(self, step: int, metrics: StepMetrics) -> None:
-        """Takes note of a step that is being computed; reports the one before."""
+        """Remembers a step that is being computed; reports the one before."""
         self.settle()
         self._waiting = step, metrics
 
@@ -162,17 +183,30 @@ class _Progress:
             return
         (step, metrics), self._waiting = self._waiting, None
         report, self._began = _report(step, metrics, self._batch_tokens, self._began)
-        for name, value in (("loss", report.loss), ("gradients' norm", report.grad_norm)):
-            if not (math.isfinite(value) or report.is_skipped):
-                raise ValueError(f"the {name} of step {step} is {value}")
+        _check_finite(report, metrics)
         self._on_step(report)
 
     def save(self, state: TrainState) -> None:
-        """Saves a state of the whole model, unless that was done."""
+        """Saves a state of the whole model, unless that step is saved already."""
         step = int(state.step)
         if self._checkpoints is not None and step != self._saved:
             self._checkpoints.save(state, self._record | {"step": step})
             self._saved = step
+
+
+def _check_finite(report: StepReport, metrics: StepMetrics) -> None:
+    """The run can go on: weights are finite, and a smaller loss scale may end an overflow."""
+    if not math.isfinite(report.loss):
+        raise ValueError(f"the loss of step {report.step} is {report.loss}")
+    if report.is_skipped:
+        assert metrics.loss_scale is not None
+        if (scale := float(metrics.loss_scale)) <= 1:
+            raise ValueError(
+                f"the float16 gradients of step {report.step} overflow at a loss scale of "
+                f"{scale:g}, and {report.num_skipped} steps were skipped: train in bfloat16"
+            )
+    elif not math.isfinite(report.grad_norm):
+        raise ValueError(f"the gradients' norm of step {report.step} is {report.grad_norm}")
 
 
 def _begun(driver: Driver, seed: int, params: Params | ParamsLoader | None) -> TrainState:
@@ -184,7 +218,7 @@ def _begun(driver: Driver, seed: int, params: Params | ParamsLoader | None) -> T
 
 
 def _record(config, recipe, data, seed) -> dict[str, Any]:
-    """What must be equal in a run that resumes this one, as it will read back from JSON."""
+    """What must be equal in a run that resumes this one, as JSON returns it."""
     record = {
         "config": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
@@ -195,7 +229,7 @@ def _record(config, recipe, data, seed) -> dict[str, Any]:
 
 
 def _resumed(checkpoints, record, driver: Driver, resume: bool, on_notice) -> TrainState | None:
-    """The newest state that was saved and is whole; None where none was saved."""
+    """The newest saved state that is not damaged; None if none was saved."""
     if checkpoints is None or not of_first_process(len(found := checkpoints.steps())):
         return None
     if not resume:
@@ -221,7 +255,7 @@ def _resumed(checkpoints, record, driver: Driver, resume: bool, on_notice) -> Tr
 
 
 def _differences(saved: Any, wanted: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Name, saved and wanted value of everything in `wanted` that was saved otherwise."""
+    """Name, saved and wanted value of everything in `wanted` that differs from what was saved."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         return [
             difference
@@ -237,7 +271,9 @@ def _report(
 ) -> tuple[StepReport, float]:
     loss, load = float(metrics.loss), metrics.load  # waits for the step
     now = time.perf_counter()
-    largest = None if load is None else float((load.max(axis=-1) / load.mean(axis=-1)).max())
+    largest = None
+    if load is not None and load.any():
+        largest = float((load.max(axis=-1) / load.mean(axis=-1)).max())
     seconds = now - began
     report = StepReport(
         step=step,
@@ -246,6 +282,7 @@ def _report(
         learning_rate=float(metrics.learning_rate),
         num_tokens=int(metrics.num_tokens),
         is_skipped=bool(metrics.is_skipped),
+        num_skipped=int(metrics.num_skipped),
         largest_load=largest,
         num_dropped=None if metrics.num_dropped is None else int(metrics.num_dropped),
         seconds=seconds,

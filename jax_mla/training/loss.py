@@ -33,7 +33,8 @@ class NextTokenLoss:
       load: tokens of each expert of each MoE layer; None without MoE layers.
       num_tokens: tokens whose prediction is counted.
       z_loss: mean of log(sum(exp(logits))) ** 2, to be added with a small factor (1e-4).
-      balance_loss: `sequence_balance` summed over layers, mean over rows; 0 without MoE layers.
+      balance_loss: `sequence_balance` summed over layers, mean over rows that hold more than
+        padding; 0 without MoE layers.
       num_dropped: (token, expert) pairs dropped by expert_capacity in all layers; None without one.
     """
 
@@ -59,15 +60,15 @@ class LossSums:
     load: Int[Array, "L E"] | None
     num_dropped: Int[Array, ""] | None = None
 
-    def means(self, num_tokens: Int[Array, ""], num_rows: int) -> NextTokenLoss:
+    def means(self, num_tokens: Int[Array, ""], num_rows: int | Int[Array, ""]) -> NextTokenLoss:
         """The loss of the batch that was summed over."""
-        count = jnp.maximum(num_tokens, 1)
+        count = jnp.maximum(num_tokens, 1).astype(jnp.float32)
         return NextTokenLoss(
             loss=self.nll / count,
             load=self.load,
             num_tokens=num_tokens,
             z_loss=self.squared_lse / count,
-            balance_loss=self.balance / num_rows,
+            balance_loss=self.balance / jnp.maximum(num_rows, 1).astype(jnp.float32),
             num_dropped=self.num_dropped,
         )
 
@@ -120,7 +121,7 @@ def next_token_loss(
 @functools.partial(jax.jit, static_argnames=("config", "options", "rules"))
 def _next_token_loss(params, config, batch: Batch, options: PassOptions, rules):
     _, sums = loss_sums(params, config, batch, options, rules=rules)
-    return sums.means(batch.is_counted().sum(), batch.tokens.shape[0])
+    return sums.means(batch.is_counted().sum(), batch.num_rows())
 
 
 def loss_sums(

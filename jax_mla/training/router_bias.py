@@ -23,7 +23,8 @@ def update_router_bias(params: Params, load: Int[Array, "L E"], rate: float) -> 
     """
     if not has_router_bias(params):
         raise ValueError("these parameters have no e_score_correction_bias to update")
-    off = load.mean(axis=-1, keepdims=True, dtype=jnp.float32) - load
+    counts = load.astype(jnp.float32)
+    off = counts.mean(axis=-1, keepdims=True) - counts
 
     def move(leaf, x):
         if leaf is not ROUTER_BIAS:

@@ -35,6 +35,8 @@ class StepMetrics:
       grad_norm: global norm of the gradients before clipping; float32.
       learning_rate: of this step.
       is_skipped: float16 gradients overflowed, and only the loss scale changed.
+      num_skipped: steps of the run that were skipped, this one included.
+      loss_scale: what the loss of this step was multiplied by; None unless it is float16.
     """
 
     loss: Float[Array, ""]
@@ -45,6 +47,8 @@ class StepMetrics:
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     is_skipped: Bool[Array, ""]
+    num_skipped: Int[Array, ""]
+    loss_scale: Float[Array, ""] | None = None
     num_dropped: Int[Array, ""] | None = None
 
 
@@ -80,7 +84,7 @@ def train_step(
     batch = Batch(tokens, ids, batch.loss_mask)
     check_rows(*batch.tokens.shape, recipe=recipe, mesh=mesh, rules=rules)
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
-    num_tokens, num_rows = batch.is_counted().sum(), batch.tokens.shape[0]
+    num_tokens, num_rows = batch.is_counted().sum(), batch.num_rows()
 
     def gradients_of(batch: Batch) -> tuple[Params, LossSums]:
         def scaled_objective(params):
@@ -126,6 +130,9 @@ def step_metrics(
         grad_norm=grad_norm,
         learning_rate=jnp.asarray(recipe.rate(state.step - state.num_skipped), jnp.float32),
         is_skipped=~is_finite,
+        num_skipped=state.num_skipped + (~is_finite).astype(jnp.int32),
+        # A copy: the state that holds the scale is donated.
+        loss_scale=None if state.loss_scale is None else jnp.array(state.loss_scale.scale),
     )
 
 
@@ -136,10 +143,11 @@ def objective(
 
     Args:
       num_tokens: tokens of the whole batch whose prediction is counted.
-      num_rows: rows of the whole batch.
+      num_rows: rows of the whole batch that hold more than padding.
     """
-    total = (sums.nll + recipe.z_loss * sums.squared_lse) / jnp.maximum(num_tokens, 1)
-    return total + recipe.balance_loss * sums.balance / num_rows
+    count = jnp.maximum(num_tokens, 1).astype(jnp.float32)
+    total = (sums.nll + recipe.z_loss * sums.squared_lse) / count
+    return total + recipe.balance_loss * sums.balance / jnp.maximum(num_rows, 1).astype(jnp.float32)
 
 
 def _summed(
@@ -176,8 +184,9 @@ def updated(
     is_finite: Bool[Array, ""],
 ) -> TrainState:
     """The next state; it keeps the old weights where float16 gradients are not finite."""
-    updates, opt_state = make_optimizer(recipe).update(gradients, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counters with floats
+        updates, opt_state = make_optimizer(recipe).update(gradients, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
     if load is not None and recipe.router_bias_rate and has_router_bias(params):
         params = update_router_bias(params, load, recipe.router_bias_rate)
     step = state.step + 1
@@ -188,7 +197,7 @@ def updated(
         (params, opt_state),
         (state.params, state.opt_state),
     )
-    num_skipped = state.num_skipped + ~is_finite
+    num_skipped = state.num_skipped + (~is_finite).astype(jnp.int32)
     scale = next_loss_scale(state.loss_scale, is_finite)
     return TrainState(params, opt_state, step, num_skipped, scale)
 

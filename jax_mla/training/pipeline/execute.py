@@ -118,7 +118,7 @@ def loss_and_gradients(
         )
     _check_params(params, pipeline)
     batch = jax.tree.map(np.asarray, Batch(tokens, ids, batch.loss_mask))
-    whole = WholeBatch(batch, np.asarray(batch.is_counted().sum()), len(batch.tokens))
+    whole = WholeBatch(batch, *map(np.asarray, (batch.is_counted().sum(), batch.num_rows())))
     scales = [np.float32(1)] * pipeline.num_stages if loss_scales is None else loss_scales
     queues = [
         StageQueue(pipeline, stage, recipe, whole, params[stage], scales[stage], measure)
@@ -204,7 +204,7 @@ def _mean_loss(
     return programs.mean_loss(
         exchange.everywhere(even, pipeline),
         whole.num_tokens,
-        num_rows=whole.num_rows,
+        whole.num_rows,
         num_moe=num_moe,
         counts_dropped=has_capacity and any(num_moe),
     )

@@ -129,12 +129,12 @@ def evened(sums: LossSums, config: DeepSeekConfig, num_layers: int) -> LossSums:
     return dataclasses.replace(sums, load=load, num_dropped=dropped)
 
 
-@functools.partial(jax.jit, static_argnames=("num_rows", "num_moe", "counts_dropped"))
+@functools.partial(jax.jit, static_argnames=("num_moe", "counts_dropped"))
 def mean_loss(
     sums: LossSums,
     num_tokens: Array,
+    num_rows: Array,
     *,
-    num_rows: int,
     num_moe: tuple[int, ...],
     counts_dropped: bool,
 ) -> NextTokenLoss:

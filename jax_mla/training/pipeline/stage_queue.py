@@ -26,7 +26,7 @@ class WholeBatch:
 
     batch: Batch
     num_tokens: np.ndarray
-    num_rows: int
+    num_rows: np.ndarray
 
     def micro_batch(self, i: int, recipe: Recipe) -> Batch:
         """The rows i, i + num_micro_batches, ..., as in `train_step`."""

@@ -205,6 +205,19 @@ def test_deterministic_is_a_choice_of_therecipe_of(small, words):
     assert recipe_of(parser.parse_args([*small[1:], *words])).deterministic == bool(words)
 
 
+def test_a_run_whose_steps_are_all_skipped_leaves_no_model(small, tmp_path, capsys):
+    """Gradients of such a z-loss are beyond float16."""
+    assert main([*small, "--dtype", "float16", "--z-loss", "1e9"]) == 2
+    out, err = capsys.readouterr()
+    assert "all 3 steps were skipped, as their float16 gradients overflowed" in err
+    assert "  3 of 3 steps skipped\n" in out and "finished" not in out
+    rows = [*map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())]
+    assert [(row["num_skipped"], row["grad_norm"]) for row in rows] == [
+        (i, None) for i in (1, 2, 3)
+    ]
+    assert [path.name for path in (tmp_path / "out").glob("model_*")] == []
+
+
 def test_a_terminal_sees_a_bar(small, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(small) == 0

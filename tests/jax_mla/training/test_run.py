@@ -191,6 +191,37 @@ def test_a_loss_that_is_no_number_ends_the_run_unsaved(tmp_path, config, data, p
         assert store.steps() == []
 
 
+def test_a_float16_loss_that_is_no_number_ends_the_run(config, data, params):
+    """No loss scale could help: the forward pass overflows."""
+    broken = jax.tree.map(lambda x: x * np.nan, params)
+    recipe = dataclasses.replace(RECIPE, precision=Precision(compute="float16"))
+    with pytest.raises(ValueError, match="the loss of step 1 is nan"):
+        train(config, recipe, data, params=broken)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_reports", "message"),
+    [
+        (3, 3, "all 3 steps were skipped, .* the loss scale is now 8192"),
+        (30, 16, "of step 17 overflow at a loss scale of 1, and 17 steps were skipped"),
+    ],
+    ids=["end", "scale"],
+)
+def test_a_run_of_skipped_steps_does_not_finish(
+    tmp_path, config, data, params, num_steps, num_reports, message
+):
+    """Gradients of such a z-loss are beyond float16, scaled or not; the loss is a number."""
+    reports, precision = [], Precision(compute="float16")
+    recipe = dataclasses.replace(RECIPE, num_steps=num_steps, z_loss=1e9, precision=precision)
+    options = {"params": params, "on_step": reports.append}
+    with Checkpoints(tmp_path) as store:
+        with pytest.raises(ValueError, match=message):
+            train(config, recipe, data, checkpoints=store, **options)
+        assert store.steps() == []
+    assert [r.num_skipped for r in reports] == list(range(1, num_reports + 1))
+    assert all(r.is_skipped and np.isfinite(r.loss) for r in reports)
+
+
 def test_gradients_without_a_finite_norm_end_the_run_unsaved(tmp_path, config, data, params):
     """The squares of the head's gradients overflow, and neither they nor the loss."""
     norm, head = params["norm"]["weight"], params["lm_head"]["weight"]

@@ -107,10 +107,12 @@ def test_an_overflow_changes_only_the_scale_and_is_counted(config, tokens):
     assert metrics.is_skipped and np.isfinite(metrics.loss)
     assert same_bits(before, (state.params, state.opt_state))
     assert (state.step, state.num_skipped, state.loss_scale.scale) == (1, 1, 1e9)
+    assert (metrics.num_skipped, metrics.loss_scale) == (1, 2e9)
     state = dataclasses.replace(state, loss_scale=state.loss_scale.replace(scale=jnp.float32(1024)))
     state, metrics = train_step(state, config, batch, recipe=recipe)
     assert not metrics.is_skipped and not same_bits(before[0], state.params)
     assert (state.step, state.num_skipped, state.loss_scale.scale) == (2, 1, 1024)
+    assert (metrics.num_skipped, metrics.loss_scale) == (1, 1024)
     assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
     _, wanted = train_step(start(config, RECIPE), config, batch, recipe=RECIPE)
     assert_close(metrics.grad_norm, wanted.grad_norm, "bfloat16")  # the scale is divided out

@@ -26,8 +26,10 @@ RECIPE = Recipe(
 
 @pytest.fixture(scope="module")
 def batches():
+    """With padding, and a row of nothing else."""
     rng = np.random.default_rng(1)
-    return [Batch(rng.integers(0, 256, (4, 16)).astype(np.int32)) for _ in range(NUM_STEPS)]
+    ids = np.where(np.arange(16)[None] < np.array([[16], [11], [5], [0]]), 0, -1).astype(np.int32)
+    return [Batch(rng.integers(0, 256, (4, 16)).astype(np.int32), ids) for _ in range(NUM_STEPS)]
 
 
 def compared(params, config, pipeline, batches, recipe=RECIPE, **options):
@@ -172,6 +174,7 @@ def test_an_overflow_in_one_stage_skips_the_step_in_all(moe_config, batches):
     states = split_state(state, pipeline, recipe=recipe)
     states, metrics = pipeline_train_step(states, pipeline, batches[0], recipe=recipe)
     assert metrics.is_skipped and np.isfinite(metrics.loss)
+    assert (metrics.num_skipped, metrics.loss_scale) == (1, 2e9)
     joined = join_state(states, pipeline, recipe=recipe)
     jax.tree.map(np.testing.assert_array_equal, joined.params, before)
     assert [(s.step, s.num_skipped, s.loss_scale.scale) for s in states] == [(1, 1, 1e9)] * 3
@@ -181,6 +184,7 @@ def test_an_overflow_in_one_stage_skips_the_step_in_all(moe_config, batches):
     )
     states, metrics = pipeline_train_step(states, pipeline, batches[0], recipe=recipe)
     assert not metrics.is_skipped and [s.step for s in states] == [2] * 3
+    assert (metrics.num_skipped, metrics.loss_scale) == (1, 1024)
     state = init_state(jax.random.key(0), moe_config, recipe=RECIPE)
     _, want = train_step(state, moe_config, batches[0], recipe=RECIPE)
     assert_close(metrics.grad_norm, want.grad_norm, "bfloat16")  # the scale is divided out
