@@ -1,4 +1,4 @@
-"""A list of the files of a folder with size and checksum: a flipped bit cannot go unseen."""
+"""A list of a folder's files with sizes and checksums, so that no flipped bit goes unnoticed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Why the folder is not what its manifest says, or None. Reads every byte."""
+    """How the folder differs from its manifest, or None. Reads every byte."""
     try:
         text = (folder / NAME).read_text(encoding="utf-8")
     except FileNotFoundError:

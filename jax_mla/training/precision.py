@@ -1,4 +1,4 @@
-"""Which number format each part of training uses."""
+"""The number formats of training."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ import jax.numpy as jnp
 
 from jax_mla.params import Params, map_leaves
 
-Float = Literal["float32", "bfloat16", "float16"]
+FloatName = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """The dtypes of training; the default keeps float32 weights and computes in bfloat16.
 
-    Norms, softmax and the router compute in float32 whatever is chosen here. With
-    `compute="float16"` the loss is scaled, see `TrainState.loss_scale`.
+    Norms, softmax and the router always compute in float32. With `compute="float16"` the loss is
+    scaled, see `TrainState.loss_scale`.
 
     Attributes:
       param: of the weights that the optimizer updates, and of its moments.
       compute: of weights and activations in the forward and backward pass.
-      reduce: of the gradients once they leave the backward pass, while those of micro-batches are
-        added up; the optimizer is handed the sum in `param`. Sums over devices come before that,
-        where XLA places them.
-      logits: what logits are rounded to before the loss, which sums in float32.
+      reduce: of gradients after the backward pass, while those of micro-batches are summed; the
+        optimizer takes the sum in `param`. Sums over devices come before that, where XLA places
+        them.
+      logits: that logits are rounded to before the loss, which sums in float32.
 
     Raises:
       ValueError: a name is not one of these formats, or `param` is float16, which loses small
         updates.
     """
 
-    param: Float = "float32"
-    compute: Float = "bfloat16"
-    reduce: Float = "float32"
-    logits: Float = "float32"
+    param: FloatName = "float32"
+    compute: FloatName = "bfloat16"
+    reduce: FloatName = "float32"
+    logits: FloatName = "float32"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if (value := getattr(self, field.name)) not in (known := get_args(Float)):
+            if (value := getattr(self, field.name)) not in (known := get_args(FloatName)):
                 raise ValueError(f"{field.name} {value!r} is not one of {', '.join(known)}")
         if self.param == "float16":
             raise ValueError(

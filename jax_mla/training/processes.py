@@ -1,4 +1,4 @@
-"""What the processes of one run must do together; with a single process, nothing."""
+"""What the processes of one run must do together; trivial with a single process."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from jax_mla.params import Params
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this is the process that writes what only one process may write."""
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here; `name` must be the same in all of them."""
+    """Returns when every process has called it; `name` must be the same in all of them."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in one of the processes: they stop together or not at all."""
+    """Whether the flag is set in any process, so that they stop together or not at all."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def of_first_process(number: int) -> int:
-    """The number that the first process has."""
+    """The first process's number, in every process."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.array(number)))
@@ -37,8 +37,8 @@ def of_first_process(number: int) -> int:
 def gathered(params: Params) -> Params | None:
     """All parameters in the host memory of the first process; None in the others.
 
-    Every device holds one layer of one leaf at a time beside its own share. With a single process,
-    the parameters as they are.
+    Besides its own shards, every device holds one layer of one leaf at a time. With a single
+    process, returns the parameters unchanged.
     """
     if jax.process_count() == 1:
         return params

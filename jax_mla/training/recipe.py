@@ -26,25 +26,26 @@ class Recipe:
     """How a model is trained. Hashable, so that a jitted step can take it as a static argument.
 
     Attributes:
-      num_steps: of the run, which the schedule needs.
+      num_steps: of the run; the learning rate's schedule depends on it.
       optimizer: "adamw", or "muon": Muon for matrices, scaled to AdamW's update size, and AdamW for
         the embedding, the head and vectors.
-      learning_rate: the schedule's highest.
-      final_learning_rate: the schedule's last.
+      schedule: of the learning rate: "cosine", or "wsd" (`warmup_stable_decay`).
+      learning_rate: the peak of the schedule.
+      final_learning_rate: the end of the schedule.
       warmup_steps: None takes 1 % of the steps, at least one.
       decay_steps: of "wsd"; None takes 20 % of the steps.
-      weight_decay: of everything but norms, biases and the router's correction bias.
-      clip_norm: the gradients' largest global norm; None does not clip.
+      weight_decay: applies to everything but norms, biases and the router's correction bias.
+      clip_norm: largest global norm of the gradients; None does not clip.
       z_loss: factor of `NextTokenLoss.z_loss`.
       balance_loss: factor of `NextTokenLoss.balance_loss`; DeepSeek-V3 takes 1e-4.
       router_bias_rate: of `update_router_bias`; 0 leaves the bias alone.
-      num_micro_batches: parts of a batch whose gradients are added up one after the other.
-      remat: what the backward pass computes again, see `next_token_loss`.
+      num_micro_batches: parts of a batch, computed one after the other, whose gradients are summed.
+      remat: what the backward pass recomputes, see `next_token_loss`.
       chunk_tokens: see `next_token_loss`.
-      deterministic: attention's gradients are the same bits every time, which costs a Hopper GPU a
-        second kernel and nothing elsewhere. XLA adds up other gradients on a GPU (the embedding's,
-        those of tokens with several experts) in the order of time, unless it is started with
-        XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true.
+      deterministic: attention's gradients have the same bits every time, which takes a second
+        kernel on Hopper GPUs and nothing elsewhere. On a GPU, XLA sums other gradients (the
+        embedding's, those of tokens with several experts) in no fixed order, unless it is started
+        with XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true.
 
     Raises:
       ValueError: a value is out of its range.

@@ -27,7 +27,7 @@ class Restored:
     """A state and the record that was saved with it.
 
     Attributes:
-      damaged: why each newer step was passed over, newest first; known to the first process.
+      damaged: why each newer step was skipped, newest first; only in the first process.
     """
 
     state: TrainState
@@ -39,12 +39,12 @@ class Checkpoints:
     """The steps saved in one folder, each in `step_00000010/`: arrays, a record, a manifest.
 
     A step is written to a hidden folder, listed in a manifest with sizes and checksums, flushed to
-    disk, and renamed into its place: a kill at any time leaves the steps before it whole. Several
-    processes write their parts to one folder that all of them see. Use as a context manager, or
+    disk, and renamed to its final name: a kill at any time leaves earlier steps undamaged. Several
+    processes write their shards to one folder that all of them see. Use as a context manager, or
     call `wait` before the program ends.
 
     Args:
-      keep: newest steps to keep; 1 leaves nothing to fall back to.
+      keep: how many of the newest steps to keep; 1 leaves nothing to fall back to.
       in_background: `save` returns once the arrays are copied to the host.
 
     Raises:
@@ -81,13 +81,13 @@ class Checkpoints:
         return sorted(int(match[1]) for match in matches if match)
 
     def save(self, state: TrainState, record: dict[str, Any]) -> None:
-        """Saves a state under its step, in place of one of the same step.
+        """Saves a state under its step, replacing a saved state of the same step.
 
         Args:
-          record: what else belongs to the step, as JSON.
+          record: JSON that is saved with the step.
 
         Raises:
-          Exception: what went wrong in the background since the last call.
+          Exception: whatever a save in the background raised since the last call.
         """
         import orbax.checkpoint as ocp
 
@@ -107,7 +107,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises what it raised."""
+        """Returns when the last save is on disk; raises whatever the save raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -119,16 +119,16 @@ class Checkpoints:
     def restore(
         self, like: TrainState, *, check: Callable[[dict[str, Any]], None] = lambda record: None
     ) -> Restored:
-        """The newest step that is whole.
+        """Restores the newest step that is not damaged.
 
         Args:
-          like: from `abstract_state`: what to restore, and onto which devices.
-          check: sees the record before the arrays are read, and may refuse it with an exception.
+          like: from `abstract_state`: shapes, dtypes and shardings to restore.
+          check: takes the record before the arrays are read, and may refuse it with an exception.
 
         Raises:
           FileNotFoundError: the folder has no steps.
-          ValueError: every step is damaged, all reasons are listed; or the newest whole one does
-            not hold the arrays of `like`.
+          ValueError: every step is damaged (all reasons are listed), or the newest undamaged one
+            does not hold the arrays of `like`.
         """
         self.wait()
         step, damaged = self._newest_whole() if is_first_process() else (None, [])
@@ -143,7 +143,7 @@ class Checkpoints:
         raise FileNotFoundError(f"{self.folder} holds no whole steps")
 
     def _newest_whole(self) -> tuple[int | None, list[str]]:
-        """The newest step without damage, and why newer ones were passed over."""
+        """The newest undamaged step, and why newer ones were skipped."""
         damaged = []
         for step in reversed(self.steps()):
             if (reason := find_damage(self._path(step))) is None:
@@ -165,8 +165,9 @@ class Checkpoints:
         found: Any = self._orbax.metadata(path / _ARRAYS).item_metadata
         found = found.tree
         for name in sorted(found.keys() ^ wanted.keys()):
-            where = "not saved in" if name in wanted else "not wanted of"
-            raise ValueError(f"{name} is {where} {path}")
+            if name in wanted:
+                raise ValueError(f"{path} does not hold {name}, which this run's state has")
+            raise ValueError(f"{path} holds {name}, which this run's state does not have")
         for name, x in wanted.items():
             if tuple(found[name].shape) != x.shape or found[name].dtype != x.dtype:
                 raise ValueError(
@@ -194,7 +195,7 @@ class Checkpoints:
         partial.rename(self._path(step))
         flush(self.folder)
         for old in self.steps()[: -self._keep]:
-            # Hidden first, so that no half of it is ever taken for a step.
+            # Hidden first, so that a half-deleted folder is never taken for a step.
             self._path(old).rename(self.folder / f".step_{old:08}.removed")
         self._remove_leftovers()
 

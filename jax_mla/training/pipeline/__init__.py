@@ -1,14 +1,14 @@
-"""Pipeline parallelism: the layers cut into stages on devices of their own, driven by the host.
+"""Pipeline parallelism: layers are divided into stages on separate devices, driven by the host.
 
-A single program for all devices cannot say that one stage goes back while the next goes forward,
-so each stage has programs of its own, and a `Schedule` says in which order it runs them. `gpipe`
-and `one_f_one_b` both flush: all micro-batches of a step have come back before its weights change,
-so that every gradient is that of one set of weights and no older versions are kept. (PipeDream,
-which does not flush, keeps those that the micro-batches in flight began with.)
+A single program for all devices cannot run one stage backward while the next runs forward, so each
+stage has its own programs, and a `Schedule` gives the order in which it runs them. `gpipe` and
+`one_f_one_b` both flush: all micro-batches of a step are done before its weights change, so every
+gradient belongs to one set of weights and no older versions are kept. (PipeDream, which does not
+flush, keeps the versions that the micro-batches in flight began with.)
 
-What a stage keeps of a micro-batch between its forward and its backward op is the stage's input.
-The backward op computes the stage again from there, so 1F1B holds at most `num_stages` inputs and
-GPipe those of all micro-batches.
+Between the forward and the backward op of a micro-batch a stage keeps only its input. The backward
+op recomputes the stage from it, so 1F1B holds at most `num_stages` inputs, and GPipe those of all
+micro-batches.
 """
 
 from jax_mla.training.pipeline.execute import Execution, PipelinedGradients, loss_and_gradients

@@ -1,8 +1,8 @@
-"""What travels between stages, whose devices may belong to several processes.
+"""Transfers between stages, whose devices may belong to several processes.
 
-Every process runs the same lines in the same order, but the programs of a stage only if a device of
-the stage is its own; of other stages it holds None. Programs that send something from stage to
-stage are run by all processes of the stages concerned, as nothing else makes them meet.
+Every process runs the same Python in the same order, but it runs a stage's programs only if it has
+a device of the stage; for other stages it holds None. A program that sends from stage to stage is
+run by all processes of both stages, as nothing else synchronises them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jax_mla.training.pipeline.stages import Pipeline
 def move(
     x: Array | None, like: Any, pipeline: Pipeline, source: int, target: int, spec: PartitionSpec
 ) -> Array | None:
-    """x of one stage on the devices of another, each device's share on the one in its place.
+    """Transfers x from one stage to another, shard by shard.
 
     Args:
       x: None in a process without devices of `source`.
       like: anything with the shape and the dtype of x; unused without devices of either stage.
-      spec: how x is laid out, in both stages.
+      spec: of x, in both stages.
 
     Returns:
       None in a process without devices of `target`.
@@ -44,11 +44,12 @@ def move(
 def with_first_embedding(
     parts: Sequence[Params | None], pipeline: Pipeline, spec: PartitionSpec
 ) -> list[Params | None]:
-    """Parts of every stage, in which the last one's copy of a tied embedding is the first one's.
+    """The same parts, with the last stage's tied embedding replaced by a copy of the first stage's.
 
     Args:
-      parts: parameters or gradients; None where this process has none of them.
-      spec: how the embedding is laid out, in both stages.
+      parts: parameters or gradients per stage; None for a stage of which this process has no
+        device.
+      spec: of the embedding, in both stages.
     """
     (first, *between, last), end = parts, pipeline.num_stages - 1
     of_first, of_last = (
@@ -60,10 +61,10 @@ def with_first_embedding(
 
 
 def settled(x: Any, pipeline: Pipeline) -> Any:
-    """x, on CPUs of several processes once it is computed; for every program with collectives.
+    """Blocks on x on multi-process CPU, where overlapping collectives can deadlock; else returns x.
 
-    CPUs have no streams: of two programs that wait for other devices, each could hold threads that
-    the other needs to go on.
+    To be called on the results of every program with collectives. CPUs have no streams: two
+    programs that wait for other devices could each hold threads that the other one needs.
     """
     platform = pipeline.mesh.devices.flat[0].platform
     return jax.block_until_ready(x) if platform == "cpu" and pipeline.mesh.is_multi_process else x
@@ -99,12 +100,12 @@ def _permuted(x: Array, sharding: NamedSharding) -> Array:
 def spread(
     x: Array | None, like: Any, pipeline: Pipeline, stage: int, spec: PartitionSpec, sharding
 ) -> Array:
-    """x of one stage as an array on the whole mesh.
+    """An array of one stage as an array on the whole mesh.
 
     Args:
       x: None in a process without devices of the stage.
       like: anything with the shape and the dtype of x.
-      spec: how x is laid out in its stage.
+      spec: of x in its stage.
       sharding: of the result.
     """
     stages = range(pipeline.num_stages)
@@ -115,7 +116,7 @@ def spread(
 
 @functools.partial(jax.jit, static_argnames=("num_stages", "sharding"))
 def _summed(x: Array, num_stages: int, sharding: NamedSharding) -> Array:
-    # Added up as integers, so that every bit comes through: 0.0 + -0.0 is 0.0.
+    # Summed as integers, so that every bit is kept: 0.0 + -0.0 is 0.0.
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     total = bits.reshape(num_stages, -1, *x.shape[1:]).sum(0, dtype=bits.dtype)
     total = lax.bitcast_convert_type(total, x.dtype)
@@ -123,10 +124,10 @@ def _summed(x: Array, num_stages: int, sharding: NamedSharding) -> Array:
 
 
 def _stacked(x, like, pipeline, source: int, stages: Sequence[int], spec, mesh: Mesh) -> Array:
-    """x and zeros, one below the other: each stage has a block of the first axis."""
+    """x and zeros concatenated: each stage has one block of the first axis."""
     shards = []
     for stage in filter(pipeline.is_here, stages):
-        if stage == source:  # no copy where x is laid out as it should be
+        if stage == source:  # no copy if x has this sharding already
             block = jax.device_put(x, NamedSharding(pipeline.meshes[stage], spec))
         else:
             block = _nothing(like.shape, like.dtype, pipeline.meshes[stage], spec)
@@ -136,8 +137,8 @@ def _stacked(x, like, pipeline, source: int, stages: Sequence[int], spec, mesh: 
 
 
 def sharding_of(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
-    """Of arrays laid out by `spec` in every stage, put together along the first axis."""
-    first, *others = spec or (None,)  # an empty spec splits nothing
+    """Of arrays sharded by `spec` in every stage, concatenated along the first axis."""
+    first, *others = spec or (None,)  # an empty spec shards nothing
     names = () if first is None else (first,) if isinstance(first, str) else first
     return NamedSharding(mesh, PartitionSpec(("stage", *names), *others))
 
@@ -148,11 +149,11 @@ def _nothing(shape, dtype, mesh: Mesh, spec: PartitionSpec) -> Array:
 
 
 def everywhere(parts: Sequence[Any], pipeline: Pipeline) -> Any:
-    """Small arrays that every stage has, on all devices of the mesh, with an axis of stages first.
+    """Small arrays of every stage, stacked along a leading axis and replicated over the whole mesh.
 
     Args:
-      parts: of every stage a tree of arrays, equal in structure, shapes and dtypes, on all devices
-        of the stage; None where this process has none of them.
+      parts: a tree of arrays per stage, equal in structure, shapes and dtypes, replicated over the
+        stage; None for a stage of which this process has no device.
     """
     here = [part for part in parts if part is not None]
 
@@ -174,10 +175,10 @@ def _replicated(x: Array, sharding: NamedSharding) -> Array:
 def on_stage(
     x: Array, pipeline: Pipeline, stage: int, spec: PartitionSpec | None = None
 ) -> Array | None:
-    """What the devices of a stage hold of an array of the whole mesh, which is equal in all stages.
+    """A stage's local view of an array replicated over stages.
 
     Args:
-      spec: how x is laid out in every stage; None has all of it on every device.
+      spec: of x in every stage; None: replicated.
 
     Returns:
       None in a process without devices of the stage.

@@ -1,4 +1,4 @@
-"""Schedules as data: for every stage, which micro-batch goes forward or backward next."""
+"""Schedules as data: for every stage, the order of its forward and backward ops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax_mla.checks.sizes import check_positive
 
 
 class Op(NamedTuple):
-    """A micro-batch's way through one stage."""
+    """The forward or backward pass of one micro-batch through one stage."""
 
     kind: Literal["forward", "backward"]
     micro_batch: int
@@ -22,13 +22,14 @@ class Op(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What every stage does, in order. Hashable.
+    """The ops of every stage, in order. Hashable.
 
-    A forward op waits for that of the stage before; a backward op for the forward op of its own
-    stage and for the backward op of the stage after.
+    A forward op waits for the forward op of the stage before. A backward op waits for the forward
+    op of its own stage and for the backward op of the stage after.
 
     Raises:
-      ValueError: a stage does not do every op once, or the stages would wait for each other.
+      ValueError: a stage does not run every op exactly once, or the stages would wait for each
+        other forever.
     """
 
     num_micro_batches: int
@@ -56,7 +57,7 @@ class Schedule:
 
     @functools.cached_property
     def order(self) -> tuple[tuple[int, Op], ...]:
-        """All ops with their stages, such that none comes before what it waits for."""
+        """All ops with their stages, each after the ops that it waits for."""
         return self._ordered()
 
     def _ordered(self) -> tuple[tuple[int, Op], ...]:
@@ -85,7 +86,7 @@ class Schedule:
         return [own] if stage == self.num_stages - 1 else [own, (stage + 1, op)]
 
     def num_held(self, stage: int) -> int:
-        """The most micro-batches that a stage has taken forward and not yet backward."""
+        """Peak number of micro-batches whose forward op has run and whose backward op has not."""
         held = most = 0
         for op in self.stages[stage]:
             held += 1 if op.kind == "forward" else -1
@@ -93,7 +94,7 @@ class Schedule:
         return most
 
 
-ScheduleMaker = Callable[[int, int], Schedule]  # of the numbers of stages and micro-batches
+ScheduleMaker = Callable[[int, int], Schedule]  # from num_stages and num_micro_batches
 
 
 def gpipe(num_stages: int, num_micro_batches: int) -> Schedule:
@@ -104,16 +105,16 @@ def gpipe(num_stages: int, num_micro_batches: int) -> Schedule:
     Source: Huang et al., arXiv 1811.06965.
     """
     check_positive(num_stages=num_stages, num_micro_batches=num_micro_batches)
-    there = [Op("forward", i) for i in range(num_micro_batches)]
-    back = [Op("backward", i) for i in range(num_micro_batches)]
-    return Schedule(num_micro_batches, (tuple(there + back),) * num_stages)
+    forward = [Op("forward", i) for i in range(num_micro_batches)]
+    backward = [Op("backward", i) for i in range(num_micro_batches)]
+    return Schedule(num_micro_batches, (tuple(forward + backward),) * num_stages)
 
 
 def one_f_one_b(num_stages: int, num_micro_batches: int) -> Schedule:
-    """One forward op, one backward op in turns, once the pipeline is full (1F1B, with a flush).
+    """Alternates one forward and one backward op once the pipeline is full (1F1B, with a flush).
 
-    Stage s holds the activations of at most num_stages - s micro-batches: it first takes as many
-    forward as there are stages after it. The bubble is as large as that of `gpipe`.
+    Stage s holds the activations of at most num_stages - s micro-batches: it starts with as many
+    forward ops as there are stages after it. The bubble is as large as that of `gpipe`.
 
     Source: Narayanan et al., arXiv 1806.03377 (1F1B) and 2104.04473 (with a flush).
     """

@@ -26,11 +26,11 @@ class Pipeline:
     """The stages of a model. Hashable.
 
     The embedding is in the first stage; norm, head and loss are in the last. A tied embedding is in
-    both. Inside a stage the other axes of the mesh are used as in a model without stages.
+    both. Within a stage the other axes of the mesh are used as in a model without stages.
 
     Attributes:
-      mesh: of `make_mesh`; stage i has the devices with index i on its axis `stage`.
-        Every process must have some of them.
+      mesh: from `make_mesh`; stage i has the devices with index i on the axis `stage`. Every
+        process must have some of the mesh's devices.
       rules: the layout within a stage.
       layers_per_stage: how many layers each stage has. None cuts evenly; stages with one layer more
         come first, as the last one also has the head.
@@ -97,7 +97,7 @@ class Pipeline:
         return NamedSharding(self.meshes[stage], partition_spec(self.stage_rules, logical_axes))
 
     def param_shardings(self, stage: int, rules: ShardingRules | None = None) -> Params:
-        """The tree of a stage's parameters, holding a NamedSharding for each.
+        """The tree of a stage's parameters, with NamedShardings instead of arrays.
 
         Args:
           rules: None takes `stage_rules`.

@@ -1,4 +1,4 @@
-"""When every op of a schedule would run, and how much of the time the stages wait."""
+"""When each op of a schedule would run, and what fraction of the time stages are idle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax_mla.training.pipeline.schedule import Op, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """An op of a stage from its start to its end, in the unit of the durations."""
+    """One op on a stage; start and end in the unit of the durations."""
 
     stage: int
     op: Op
@@ -33,12 +33,12 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """The fraction of the stages' time in which they wait: 1 - busy / (num_stages * end)."""
+        """The fraction of time in which stages are idle: 1 - busy / (num_stages * end)."""
         busy = sum(span.end - span.start for span in self.spans)
         return 1 - busy / (self.num_stages * self.end)
 
     def __str__(self) -> str:
-        """A line for each stage of up to 100 columns, spaces where it waits."""
+        """One line per stage, at most 100 columns wide, with spaces where it is idle."""
         width = min(100, round(4 * self.end / min(s.end - s.start for s in self.spans)))
         lines = [[" "] * width for _ in range(self.num_stages)]
         for span in self.spans:
@@ -54,15 +54,15 @@ def simulate(
     forward: float | Sequence[float] = 1.0,
     backward: float | Sequence[float] = 2.0,
 ) -> Timeline:
-    """Runs every op as soon as its stage and what it waits for are done.
+    """Starts every op as soon as its stage is free and the ops that it waits for are done.
 
     Moving activations takes no time here.
 
     Args:
-      forward, backward: how long an op takes, in any unit: one number, or one for each stage.
+      forward, backward: duration of an op, in any unit: one number, or one per stage.
 
     Raises:
-      ValueError: there are more or fewer durations than stages, or one is not above 0.
+      ValueError: the number of durations is not that of the stages, or one is not above 0.
     """
     durations: dict[str, Sequence[float]] = {}
     for kind, given in {"forward": forward, "backward": backward}.items():
@@ -84,7 +84,7 @@ def simulate(
 
 
 def ideal_bubble(num_stages: int, num_micro_batches: int) -> float:
-    """(P - 1) / (M + P - 1): the bubble of both schedules where all stages take equally long.
+    """(P - 1) / (M + P - 1): the bubble of both schedules if all stages take equally long.
 
     Source: Narayanan et al., arXiv 2104.04473, section 2.2, there as a fraction of the ideal time.
     """
