@@ -19,6 +19,7 @@ from jax_mla.checkpoint.folder import INDEX, SINGLE
 from jax_mla.checkpoint.problems import refuse
 from jax_mla.checkpoint.progress import ByteProgress
 from jax_mla.checkpoint.published import Fills, published
+from jax_mla.config.families import EXPERTS
 from jax_mla.config.leaf_types import flatten
 from jax_mla.config.leaves import Leaf, leaves_of
 from jax_mla.config.model import DTYPES, DeepSeekConfig
@@ -81,6 +82,8 @@ def _check_readable(config: DeepSeekConfig) -> None:
     """Its config.json means this config, and not another one of its family."""
     read = DeepSeekConfig.from_hf(config.to_hf())
     for field in dataclasses.fields(config):
+        if field.name in EXPERTS and config.n_routed_experts is read.n_routed_experts is None:
+            continue
         wanted, found = getattr(config, field.name), getattr(read, field.name)
         is_group = field.name in ("n_group", "topk_group")
         if found != wanted and not (is_group and wanted is None and found == 1):

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from jax_mla.config.rope import RopeScaling, is_number, yarn_mscale
+import jax_mla.config.hf as hf
+from jax_mla.config.families import FAMILIES
+from jax_mla.config.fields import DTYPE_BYTES as DTYPE_BYTES
+from jax_mla.config.fields import (
+    DTYPES,
+    Count,
+    Flag,
+    PositiveFloat,
+    PositiveNumber,
+    Size,
+    TokenId,
+    TokenIds,
+    checks_of,
+    floats_of,
+    is_number,
+    one_of,
+)
+from jax_mla.config.rope import RopeScaling, yarn_mscale
 
 TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 ScoringFunc = Literal["softmax", "sigmoid"]
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-DTYPES = tuple(DTYPE_BYTES)  # that parameters and caches may have
-
-
-def is_token_id(value: Any) -> bool:
-    """An integer of 32 bits; published configs may say -1 for no padding."""
-    return type(value) is int and -(2**31) <= value < 2**31
+ModelType = Annotated[str, one_of(tuple(FAMILIES))]
+DType = Annotated[str, one_of(DTYPES)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,76 +43,53 @@ class DeepSeekConfig:
       ValueError: sizes disagree; the message names both with their values.
     """
 
-    model_type: str = "deepseek_v3"
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    model_type: ModelType = "deepseek_v3"
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
 
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    attention_bias: bool = False
+    q_lora_rank: Size | None
+    kv_lora_rank: Size
+    qk_nope_head_dim: Size
+    qk_rope_head_dim: Size
+    v_head_dim: Size
+    attention_bias: Flag = False
 
-    moe_intermediate_size: int | None = None
-    n_routed_experts: int | None = None
-    n_shared_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    first_k_dense_replace: int = 0
-    n_group: int | None = None
-    topk_group: int | None = None
+    moe_intermediate_size: Size | None = None
+    n_routed_experts: Size | None = None
+    n_shared_experts: Count | None = None
+    num_experts_per_tok: Size | None = None
+    first_k_dense_replace: Count = 0
+    n_group: Size | None = None
+    topk_group: Size | None = None
     topk_method: TopkMethod = "noaux_tc"
     scoring_func: ScoringFunc = "sigmoid"
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
+    norm_topk_prob: Flag = True
+    routed_scaling_factor: PositiveFloat = 1.0
 
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_interleave: bool = True
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10000.0
+    rope_interleave: Flag = True
     rope_scaling: RopeScaling | None = None
-    max_position_embeddings: int = 4096
+    max_position_embeddings: Size = 4096
 
-    scale_emb: float = 1.0
-    scale_depth: float | None = None
-    dim_model_base: int | None = None
+    scale_emb: PositiveFloat = 1.0
+    scale_depth: PositiveFloat | None = None
+    dim_model_base: PositiveNumber | None = None
 
-    tie_word_embeddings: bool = False
-    num_nextn_predict_layers: int = 0
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    dtype: str = "float32"
+    tie_word_embeddings: Flag = False
+    num_nextn_predict_layers: Count = 0
+    initializer_range: PositiveFloat = 0.02
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenIds = ()
+    pad_token_id: TokenId | None = None
+    dtype: DType = "float32"
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 0):
-                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-        for name in _POSITIVE_FLOATS:
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and value > 0):
-                raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}")
-        for name in ("bos_token_id", "pad_token_id"):
-            if (value := getattr(self, name)) is not None and not is_token_id(value):
-                raise ValueError(f"{name} must be a token id or null, got {value!r}")
-        eos = self.eos_token_id
-        if not isinstance(eos, tuple) or not all(is_token_id(i) for i in eos):
-            raise ValueError(f"eos_token_id must be a tuple of token ids, got {eos!r}")
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
         if self.rope_scaling is not None:
@@ -189,51 +178,38 @@ class DeepSeekConfig:
         return 1.0 if self.dim_model_base is None else self.hidden_size / self.dim_model_base
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> DeepSeekConfig:
+    def from_hf(cls, config: Mapping[str, Any], *, dtype: str | None = None) -> DeepSeekConfig:
         """Reads the dict of a published config.json, in its old or new spelling of rope.
 
-        Raises:
-          ValueError: the architecture is unknown or has a part that this library does not compute;
-            the message names the field and its value.
-        """
-        from jax_mla.config.hf import read
+        Keys that are not known to change the computation are ignored, with a note in the log of
+        "jax_mla".
 
-        return read(config)
+        Args:
+          dtype: replaces what the file says, for instance "auto".
+
+        Raises:
+          ValueError: the architecture is unknown or has a part that this library does not compute,
+            or two names of one field disagree; the message names the fields and their values.
+        """
+        fields = hf.read(config, dtype)
+        for name in _FLOATS & fields.keys():
+            if type(fields[name]) is int and is_number(fields[name]):
+                fields[name] = float(fields[name])
+        return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The dict to write as config.json.
 
-        `from_hf` reads it back to an equal config, with two exceptions: no expert groups come back
-        as one group, and fields that a family fixes (deepseek_v2: norm_topk_prob=False) as fixed;
-        `save` refuses the latter.
+        `from_hf` reads it back to an equal config, with three exceptions: no expert groups come
+        back as one group; a model without experts has the defaults of all fields of experts; and
+        what a family fixes (deepseek_v2 with rope_interleave=False) comes back as fixed, or is
+        refused. `save` refuses the last.
         """
-        from jax_mla.config.hf import write
-
-        return write(self)
+        return hf.write(dataclasses.asdict(self))
 
 
-_POSITIVE = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
-    "max_position_embeddings",
-)  # fmt: skip
-_POSITIVE_FLOATS = (
-    "rms_norm_eps", "rope_theta", "routed_scaling_factor", "scale_emb", "scale_depth",
-    "dim_model_base", "initializer_range",
-)  # fmt: skip
-_CHOICES = {
-    "model_type": (
-        "deepseek_v2", "deepseek_v3", "kimi_k2", "youtu", "minicpm3", "glm4_moe_lite",
-    ),
-    "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
-    "scoring_func": ("softmax", "sigmoid"),
-    "dtype": DTYPES,
-}  # fmt: skip
-_MAY_BE_NONE = {
-    "q_lora_rank", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group",
-    "topk_group",
-}  # fmt: skip
+_CHECKS = checks_of(DeepSeekConfig)
+_FLOATS = floats_of(DeepSeekConfig)
 
 
 def check_config(config) -> None:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
+
+from jax_mla.config.fields import is_number
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
     """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1, and 1 for factors up to 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def is_number(value: Any) -> bool:
-    """A finite int or float; booleans are none."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)

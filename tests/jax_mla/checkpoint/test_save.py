@@ -231,9 +231,40 @@ def test_refuses_a_config_that_load_would_refuse(golden, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_refuses_a_config_that_would_be_read_as_another(golden, tmp_path):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_interleave": False}, "rope_interleave=False, its readers take True"),
+        ({"norm_topk_prob": True}, "norm_topk_prob=True is not supported, only False"),
+    ],
+    ids=str,
+)
+def test_refuses_a_config_that_would_be_read_as_another(golden, tmp_path, fields, message):
     params, config = jax_mla.load(golden / "v2_lite")
-    odd = dataclasses.replace(config, norm_topk_prob=True)
-    with pytest.raises(ValueError, match="norm_topk_prob=True, its readers take False"):
+    odd = dataclasses.replace(config, **fields)
+    with pytest.raises(ValueError, match=message):
         jax_mla.save(tmp_path / "out", params, odd)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["v2_lite", "v3", "glm4_moe_lite"])
+@pytest.mark.parametrize("says", ["no experts", "dense layers only"])
+def test_a_model_without_experts_is_saved_and_loaded_back(golden, tmp_path, name, says):
+    """Also one whose config still has other fields of experts."""
+    config = jax_mla.load(golden / name)[1]
+    if says == "no experts":
+        dense = dataclasses.replace(config, n_routed_experts=None)
+    else:
+        layers = config.num_hidden_layers
+        dense = dataclasses.replace(config, first_k_dense_replace=layers)
+    params = jax_mla.init(jax.random.key(0), dense)
+    assert "moe_layers" not in params
+    jax_mla.save(tmp_path / "out", params, dense)
+    again, config_again = jax_mla.load(tmp_path / "out")
+    assert_same_bits(again, params)
+    assert config_again.num_moe_layers == 0
+    jax_mla.save(tmp_path / "again", again, config_again)
+    assert jax_mla.load(tmp_path / "again")[1] == config_again
+    tokens = np.arange(6)[None] % 64
+    want = jax_mla.forward(params, dense, tokens)
+    np.testing.assert_array_equal(jax_mla.forward(again, config_again, tokens), want)
