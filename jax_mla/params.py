@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array
 
+from jax_mla.checks.problems import differences, refuse
 from jax_mla.config.leaf_types import LeafType, leaf_type
 from jax_mla.config.model import DeepSeekConfig, check_config
 from jax_mla.model import DeepSeek
@@ -74,21 +75,13 @@ def check_params(
 def check_shapes(params: Params, expected: Params) -> None:
     """The parameters have the names and shapes of another tree of parameters."""
     found, wanted = (
-        {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf)
+            for path, leaf in leaves
+        }
         for leaves in map(jax.tree_util.tree_leaves_with_path, (params, expected))
     )
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is not expected" for name in found if name not in wanted]
-    problems += [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"the parameters are not those of the config: {'; '.join(problems[:5])}{more}"
-        )
+    refuse("the parameters are not those of the config", differences(found, wanted))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -33,7 +33,7 @@ FLOORS = [
     {"checks.tokens"},
     {"checks.arrays"},
     {"config"},
-    {"checks.sizes"},
+    {"checks.sizes", "checks.problems"},
 ]
 FLOOR = {part: depth for depth, floor in enumerate(FLOORS) for part in floor}
 

@@ -1,7 +1,8 @@
 """Published checkpoints in and out: Hugging Face folders of safetensors <-> the parameter dict.
 
-Reading top down: `safetensors_file` (one file), `folder` (a folder of them), `names` (what a config
-says they hold), `matching` (the two agree), `reading` (slices of a leaf), `loading` and `saving`.
+Reading top down: `files` (JSON), `safetensors_file` (one file), `folder` (a folder of them),
+`published` (what a config says they hold), `matching` (the two agree), `reading` (slices of a
+leaf), `loading` and `saving`.
 Only the last two import jax, and only when they are asked for.
 """
 

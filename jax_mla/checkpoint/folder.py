@@ -6,11 +6,16 @@ import dataclasses
 import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_mla.checkpoint.problems import refuse, shortened
-from jax_mla.checkpoint.safetensors_file import StoredTensor, parse_json, read_header
+from jax_mla.checkpoint.files import read_json
+from jax_mla.checkpoint.safetensors_file import StoredTensor, read_header
+from jax_mla.checks.problems import refuse, shortened
+from jax_mla.config.hf import token_ids
+from jax_mla.config.model import DeepSeekConfig
+from jax_mla.config.wrappers import Wrapper, text_part, wrapper_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -20,15 +25,30 @@ _SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFolder:
-    """`config` is the dict of config.json; `tensors` says where each published name is stored."""
+    """What a folder holds of a text model, before any weight is read.
+
+    config: the dict of config.json; of a multimodal model, that of its text part.
+    generation: the dict of generation_config.json, empty where there is none.
+    tensors: where each published name is stored, by the names of a checkpoint of text alone.
+    left_out: the tensors of a multimodal model that are not of its text part.
+    """
 
     path: Path
-    config: dict[str, Any]
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
     tensors: dict[str, StoredTensor]
+    left_out: dict[str, StoredTensor]
+
+    def model_config(self, dtype: str | None = None) -> DeepSeekConfig:
+        """The config with the ids at which generation stops; `dtype` replaces what the file says.
+
+        The eos_token_id of generation_config.json replaces that of config.json, unless it is null.
+        """
+        return _model_config(self.config, self.generation, dtype)
 
 
 def open_folder(path: str | os.PathLike[str]) -> CheckpointFolder:
-    """Reads config.json, the index and the headers, no weights.
+    """Reads config.json, generation_config.json, the index and the headers, no weights.
 
     A `model.safetensors` is preferred to an index, as transformers does. What a shard holds is what
     its header says; an index that disagrees is an error. Pickles are never opened.
@@ -38,31 +58,61 @@ def open_folder(path: str | os.PathLike[str]) -> CheckpointFolder:
       ValueError: a file is malformed, or the index and the shards disagree.
     """
     path = Path(path)
-    config = read_config(path)
+    config, generation = _read_configs(path)
     if (path / SINGLE).is_file():
-        return CheckpointFolder(path, config, read_header(path / SINGLE))
-    if (path / INDEX).is_file():
-        return CheckpointFolder(path, config, _read_shards(path))
-    if pickles := sorted(file.name for pattern in _PICKLES for file in path.glob(pattern)):
+        stored = read_header(path / SINGLE)
+    elif (path / INDEX).is_file():
+        stored = _read_shards(path)
+    elif pickles := sorted(file.name for pattern in _PICKLES for file in path.glob(pattern)):
         raise ValueError(
             f"{path} holds pickled weights ({shortened(pickles)}), which can run code when opened; "
             f"convert them to safetensors first"
         )
-    raise FileNotFoundError(f"{path} holds neither {SINGLE} nor {INDEX}")
+    else:
+        raise FileNotFoundError(f"{path} holds neither {SINGLE} nor {INDEX}")
+    tensors, left_out = _text_tensors(path, stored, wrapper_of(config))
+    return CheckpointFolder(path, text_part(config), generation, tensors, left_out)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The dict of a folder's config.json."""
+def read_model_config(path: Path, dtype: str | None = None) -> DeepSeekConfig:
+    """The config of a folder that `open_folder` would give, which need not hold weights."""
+    return _model_config(*_read_configs(path), dtype)
+
+
+def _read_configs(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a local folder; nothing is ever downloaded")
-    return read_json(path / "config.json")
+    file = path / "generation_config.json"
+    return read_json(path / "config.json"), read_json(file) if file.is_file() else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; FileNotFoundError or ValueError where there is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    return parse_json(path.read_bytes(), str(path))
+def _model_config(
+    config: Mapping[str, Any], generation: Mapping[str, Any], dtype: str | None
+) -> DeepSeekConfig:
+    model = DeepSeekConfig.from_hf(config, dtype=dtype)
+    try:
+        stops = token_ids(generation.get("eos_token_id"))
+    except ValueError as error:
+        raise ValueError(f"generation_config.json: {error}") from None
+    return dataclasses.replace(model, eos_token_id=stops) if stops else model
+
+
+def _text_tensors(
+    path: Path, stored: dict[str, StoredTensor], wrapper: Wrapper | None
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The tensors of the text model by its own names, and the others by theirs."""
+    if wrapper is None:
+        return stored, {}
+    tensors: dict[str, StoredTensor] = {}
+    left_out: dict[str, StoredTensor] = {}
+    twice: list[str] = []
+    for name, tensor in stored.items():
+        text_name = wrapper.text_name(name)
+        if text_name in tensors:
+            twice.append(name)
+        (left_out if text_name is None else tensors)[text_name or name] = tensor
+    refuse(f"{path} holds tensors of its text model under two names", {"again": twice})
+    return tensors, left_out
 
 
 def _read_shards(path: Path) -> dict[str, StoredTensor]:
@@ -101,7 +151,7 @@ def _read_shards(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard. Shards are plain file names, so none can lie outside the folder."""
+    """Tensor name -> shard. Shards are plain file names, so none can be outside of the folder."""
     shard_of = read_json(path / INDEX).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{path / INDEX} has no weight_map object")

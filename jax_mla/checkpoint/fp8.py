@@ -1,8 +1,8 @@
-"""FP8 weights in blocks: e4m3 bytes and one float32 multiplier a block of (128, 128). No jax.
+"""FP8 weights in blocks: e4m3 bytes and one float32 multiplier per block of (128, 128). No jax.
 
 The multiplier is published as `weight_scale_inv`; it multiplies, despite the name. Blocks start at
-row and column 0, and those at the far edges may be partial, so a block's size cannot be had by
-dividing the sizes of the weight and the grid.
+row and column 0, and those at the far edges may be partial, so the block size cannot be computed by
+dividing the weight's size by the grid's.
 
 Source: DeepSeek-V3, arXiv 2412.19437, section 3.3; its README_WEIGHTS.md.
 """
@@ -58,10 +58,10 @@ def dequantise(
     """out[i, j] = weight[i, j] * scale[rows[i] // block[0], cols[j] // block[1]], in float32.
 
     Args:
-      weight: part of an FP8 weight, [len(rows), len(cols)].
+      weight: a slice of an FP8 weight, [len(rows), len(cols)].
       scale: the grid of the whole weight, float32.
-      rows: row of the whole weight for each row of the part, ascending; `cols` likewise.
-      out: where to put it, of any floating dtype; rounded once.
+      rows: index into the whole weight of each row of the slice, ascending; `cols` likewise.
+      out: receives the result, in any floating dtype; rounded once.
     """
     row_block, col_block = rows // block[0], cols // block[1]
     starts = np.flatnonzero(np.diff(row_block, prepend=-1))

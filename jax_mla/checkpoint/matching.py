@@ -8,11 +8,13 @@ import math
 import re
 from collections import defaultdict
 
+import numpy as np
+
 from jax_mla.checkpoint import fp8
 from jax_mla.checkpoint.folder import CheckpointFolder
-from jax_mla.checkpoint.problems import refuse
 from jax_mla.checkpoint.published import published
 from jax_mla.checkpoint.safetensors_file import FP8, NUMPY_DTYPES, StoredTensor
+from jax_mla.checks.problems import refuse
 from jax_mla.config.leaves import Leaf, leaves_of
 from jax_mla.config.model import DeepSeekConfig
 
@@ -36,11 +38,13 @@ class Matched:
 
 
 def match(folder: CheckpointFolder, config: DeepSeekConfig) -> Matched:
-    """Checks names, shapes and dtypes of everything, before any weight is read.
+    """Checks names, shapes and dtypes of everything, and that the router's biases are finite.
+
+    No other weight is read.
 
     Ignored are rotary frequencies, which are computed; a tied head that equals the embedding;
     shared experts of width 0; and, with a note in the log, layers of multi-token prediction beyond
-    `num_hidden_layers`.
+    `num_hidden_layers`, and what a multimodal model holds beside its text model.
 
     Raises:
       ValueError: lists every missing, unexpected, misshaped and mistyped tensor, or says that the
@@ -67,6 +71,8 @@ def match(folder: CheckpointFolder, config: DeepSeekConfig) -> Matched:
             )
         elif tensor.dtype == FP8:
             problems["without its FP8 scale"] += _scale_problems(folder, name, block)
+        elif fills[0][0].type.dtype == "float32":
+            problems["not finite"] += _not_finite(name, tensor)
     extra = _multi_token_prediction(folder.tensors, config)
     ignored = {name for name in folder.tensors if name.endswith(".rotary_emb.inv_freq")}
     ignored = ignored.union(*extra.values())
@@ -84,6 +90,12 @@ def match(folder: CheckpointFolder, config: DeepSeekConfig) -> Matched:
     if extra:
         layers = ", ".join(map(str, sorted(extra)))
         _LOG.warning("%s: skipped the multi-token prediction of layer %s", folder.path, layers)
+    if folder.left_out:
+        _LOG.warning(
+            "%s: left out the %d tensors that are not of the text model",
+            folder.path,
+            len(folder.left_out),
+        )
     return Matched(leaves, folder.tensors, block)
 
 
@@ -109,6 +121,13 @@ def _scale_problems(folder: CheckpointFolder, name: str, block: tuple[int, int])
             f"{[*weight.shape]} in blocks of {[*block]}"
         ]
     return []
+
+
+def _not_finite(name: str, tensor: StoredTensor) -> list[str]:
+    """A router's correction bias that is not finite: no expert could be compared with another."""
+    values = tensor.read(tensor.shape, tuple((0, size) for size in tensor.shape))
+    bad = values[~np.isfinite(values)]
+    return [f"{name} holds {bad[0]}"] if bad.size else []
 
 
 def _multi_token_prediction(

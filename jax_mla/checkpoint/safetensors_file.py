@@ -6,15 +6,15 @@ to exactly one tensor. Written here because the safetensors library has no FP8 f
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from jax_mla.checkpoint.files import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 FP8 = "F8_E4M3"
@@ -33,7 +33,7 @@ _ITEM_BYTES = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `offset` counts bytes from the start of the file."""
+    """Where a tensor is stored: `offset` counts bytes from the start of the file."""
 
     path: Path
     dtype: str
@@ -45,7 +45,7 @@ class StoredTensor:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
     def read(self, split: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        """The tensor reshaped to `split` and cut to `bounds`; nothing else of the file is read.
+        """`bounds` of the tensor reshaped to `split`; nothing else of the file is read.
 
         A view of a mapping of its own, which ends with the view: resident memory does not grow.
         """
@@ -82,25 +82,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {name: _tensor(path, 8 + length, name, entry) for name, entry in header.items()}
     _check_coverage(path, tensors, 8 + length, file_bytes)
     return tensors
-
-
-def parse_json(text: bytes | str, what: str) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(keys) != len(result := dict(pairs)):
-            twice = next(key for key, count in collections.Counter(keys).items() if count > 1)
-            raise ValueError(f"{twice!r} occurs twice")
-        return result
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} is not a JSON object but {type(value).__name__}")
-    return value
 
 
 def _tensor(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:

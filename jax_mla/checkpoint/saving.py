@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from jax_mla.checkpoint.files import flush, write_json
 from jax_mla.checkpoint.folder import INDEX, SINGLE
-from jax_mla.checkpoint.problems import refuse
-from jax_mla.checkpoint.progress import ByteProgress
 from jax_mla.checkpoint.published import Fills, published
+from jax_mla.checks.problems import differences, refuse
 from jax_mla.config.families import EXPERTS
 from jax_mla.config.leaf_types import flatten
 from jax_mla.config.leaves import Leaf, leaves_of
@@ -31,26 +31,30 @@ def save(
     config: DeepSeekConfig,
     *,
     max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes a checkpoint in Hugging Face layout, with the published names, that `load` reads back.
 
-    Holds `config.json` (its `dtype` that of the parameters), `generation_config.json`, and
-    `model.safetensors`, or shards and their index. The folder appears complete or not at all:
-    everything is written to a hidden folder beside it, flushed to disk, and renamed. A `kimi_k2`
-    config keeps that model_type, as its checkpoints are published; transformers knows it only by
-    the code published with them, and as "deepseek_v3".
+    Holds `config.json` (its `dtype` that of the parameters), `generation_config.json` with the
+    stop ids, and `model.safetensors`, or shards and their index. The folder appears complete or not
+    at all: everything is written to a hidden folder beside it, flushed to disk, and renamed. A
+    `kimi_k2` config keeps that model_type, as its checkpoints are published; transformers knows it
+    only by the code published with them, and as "deepseek_v3".
 
     Args:
       folder: must not exist, or be empty; its parents are created. A link is followed.
       params: the tree of `jax_mla.init`; one floating dtype, but for the router's correction bias.
-        Arrays may be spread over the devices of this process.
+        Arrays may be sharded over the devices of this process.
       config: what the parameters are for. Multi-token-prediction layers are not part of them.
       max_shard_bytes: of tensor data in one file; a larger tensor has a file of its own.
+      progress: called with the bytes written so far and in all, after each file.
 
     Raises:
       FileExistsError: the folder exists and is not empty.
       ValueError: the parameters are not those of the config, all differences are listed; or
-        `load` would refuse the config or read another one.
+        `load` would refuse the config or read another one; or a router's correction bias is not
+        finite.
+      OSError: the disk has no space for the checkpoint; nothing is left of it.
 
     Cost: writes the parameters once; host memory of one shard and one leaf of one layer.
     """
@@ -63,19 +67,45 @@ def save(
     arrays = _checked(params, leaves)
     config = dataclasses.replace(config, dtype=arrays[leaves[0].path].dtype.name)
     _check_readable(config)
+    fills = published(leaves)
+    sizes = {name: _nbytes(parts, arrays) for name, parts in fills.items()}
+    needed = sum(sizes.values())
+    if needed > _free_bytes(target) > 0:  # some network disks know of no free bytes at all
+        raise _no_space(target, needed)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir()
     try:
-        _write_json(partial / "config.json", config.to_hf())
-        _write_json(partial / "generation_config.json", _generation_config(config))
-        _write_weights(partial, published(leaves), arrays, max_shard_bytes)
-        _flush(partial)
+        write_json(partial / "config.json", config.to_hf())
+        write_json(partial / "generation_config.json", _generation_config(config))
+        _write_weights(partial, fills, sizes, arrays, max_shard_bytes, progress)
+        flush(partial)
         partial.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if says_disk_full(error):
+            raise _no_space(target, needed) from error
         raise
-    _flush(target.parent)
+    flush(target.parent)
+
+
+def _free_bytes(target: Path) -> int:
+    """Free bytes of the disk that a path is on, or will be."""
+    return shutil.disk_usage(next(p for p in target.parents if p.exists())).free
+
+
+def says_disk_full(error: BaseException) -> bool:
+    """Safetensors has no error number, only the words of the system or of Rust."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("No space left on device", "StorageFull"))
+
+
+def _no_space(target: Path, needed: int) -> OSError:
+    return OSError(
+        f"No space left for {target}: it needs {needed:,} bytes, the disk has "
+        f"{_free_bytes(target):,} free; nothing was written"
+    )
 
 
 def _check_readable(config: DeepSeekConfig) -> None:
@@ -105,27 +135,23 @@ def _checked(params: Mapping[str, Any], leaves: tuple[Leaf, ...]) -> dict[tuple[
     )
     both = [path for path in expected if path in arrays]
     dtypes = {path: expected[path].type.stored_dtype(arrays[both[0]].dtype.name) for path in both}
+    problems = differences(
+        {named[path]: array.shape for path, array in arrays.items()},
+        {named[path]: leaf.shape for path, leaf in expected.items()},
+    )
+    problems["wrong dtype"] = [
+        f"{named[path]} is {arrays[path].dtype.name}, expected {dtypes[path]}"
+        for path in both
+        if arrays[path].dtype.name != dtypes[path] or dtypes[path] not in DTYPES
+    ]
+    problems["not all on this process"] = [
+        named[path] for path in both if not getattr(arrays[path], "is_fully_addressable", True)
+    ]
+    refuse("the parameters are not those of the config", problems)
+    biases = [path for path in both if expected[path].type.dtype == "float32"]
     refuse(
-        "the parameters are not those of the config",
-        {
-            "missing": [named[path] for path in expected if path not in arrays],
-            "unexpected": [named[path] for path in arrays if path not in expected],
-            "wrong shape": [
-                f"{named[path]} is {[*arrays[path].shape]}, expected {[*expected[path].shape]}"
-                for path in both
-                if arrays[path].shape != expected[path].shape
-            ],
-            "wrong dtype": [
-                f"{named[path]} is {arrays[path].dtype.name}, expected {dtypes[path]}"
-                for path in both
-                if arrays[path].dtype.name != dtypes[path] or dtypes[path] not in DTYPES
-            ],
-            "not all on this process": [
-                named[path]
-                for path in both
-                if not getattr(arrays[path], "is_fully_addressable", True)
-            ],
-        },
+        "the parameters cannot be loaded back",
+        {"not finite": [named[p] for p in biases if not np.isfinite(arrays[p]).all()]},
     )
     return arrays
 
@@ -143,26 +169,29 @@ def _generation_config(config: DeepSeekConfig) -> dict[str, Any]:
 def _write_weights(
     folder: Path,
     fills: dict[str, Fills],
+    sizes: dict[str, int],
     arrays: dict[tuple[str, ...], Any],
     max_shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
 ) -> None:
-    sizes = {name: _nbytes(parts, arrays) for name, parts in fills.items()}
-    shards = _shards(sizes, max_shard_bytes)
+    total, done = sum(sizes.values()), 0
+    shards = _file_contents(sizes, max_shard_bytes)
     host = _HostLayer(arrays)
     shard_of = {}
-    with ByteProgress("Saving", sum(sizes.values())) as progress:
-        for number, names in enumerate(shards, 1):
-            one = len(shards) == 1
-            file = SINGLE if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            tensors = {name: _join(fills[name], host) for name in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            shutil.copymode(folder / "config.json", folder / file)  # save_file's are private
-            _flush(folder / file)
-            shard_of |= dict.fromkeys(names, file)
-            progress.advance(sum(sizes[name] for name in names))
+    for number, names in enumerate(shards, 1):
+        one = len(shards) == 1
+        file = SINGLE if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: _join(fills[name], host) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # save_file's are private
+        flush(folder / file)
+        shard_of |= dict.fromkeys(names, file)
+        done += sum(sizes[name] for name in names)
+        if progress is not None:
+            progress(done, total)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shard_of}
-        _write_json(folder / INDEX, index)
+        index = {"metadata": {"total_size": total}, "weight_map": shard_of}
+        write_json(folder / INDEX, index)
 
 
 def _nbytes(parts: Fills, arrays: dict[tuple[str, ...], Any]) -> int:
@@ -170,7 +199,7 @@ def _nbytes(parts: Fills, arrays: dict[tuple[str, ...], Any]) -> int:
     return int(np.prod(leaf.published_shape)) * arrays[leaf.path].dtype.itemsize
 
 
-def _shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
+def _file_contents(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
     """Names in order, a new shard where the next tensor would not fit."""
     shards, filled = [[]], 0
     for name, nbytes in sizes.items():
@@ -209,17 +238,3 @@ def _join(parts: Fills, host: _HostLayer) -> np.ndarray:
         joined[cut] = value.transpose(np.argsort(leaf.order))
     assert joined is not None
     return joined.reshape(parts[0][0].published_shape)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Makes a file, or the entries of a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

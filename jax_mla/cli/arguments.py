@@ -4,7 +4,8 @@ import argparse
 import math
 from pathlib import Path
 
-from jax_mla.checkpoint.folder import read_json
+from jax_mla.checkpoint.files import read_json
+from jax_mla.checkpoint.folder import read_model_config
 from jax_mla.config import DeepSeekConfig, presets
 
 PRESETS = ("tiny", "v2_lite", "v2", "v3", "kimi_k2")
@@ -68,7 +69,9 @@ def config_named(word: str) -> DeepSeekConfig:
     path = Path(word)
     if not path.exists():
         raise FileNotFoundError(f"{word} is missing, and no preset: {', '.join(PRESETS)}")
-    return DeepSeekConfig.from_hf(read_json(path / "config.json" if path.is_dir() else path))
+    if path.is_dir():
+        return read_model_config(path)
+    return DeepSeekConfig.from_hf(read_json(path))
 
 
 def config_folder(word: str) -> Path | None:

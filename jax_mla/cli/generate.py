@@ -5,10 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-from jax_mla.checkpoint.folder import read_config
+from jax_mla.checkpoint.folder import read_model_config
 from jax_mla.cli import layout, processes, report
 from jax_mla.cli.arguments import positive
-from jax_mla.config.model import DeepSeekConfig
+from jax_mla.cli.byte_progress import ByteProgress
 from jax_mla.text import complete, load_tokenizer
 
 
@@ -50,12 +50,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--stream and --json exclude each other")
     if args.stream and len(args.prompt) != 1:
         raise ValueError(f"streaming takes one prompt, got {len(args.prompt)}")
-    tokenizer = load_tokenizer(args.model, DeepSeekConfig.from_hf(read_config(args.model)))
+    tokenizer = load_tokenizer(args.model, read_model_config(args.model, args.dtype))
     processes.join(args)
     mesh, rules = layout.build(args)
     import jax_mla
 
-    params, config = jax_mla.load(args.model, dtype=args.dtype, mesh=mesh, rules=rules)
+    with ByteProgress("Loading") as progress:
+        params, config = jax_mla.load(
+            args.model, dtype=args.dtype, mesh=mesh, rules=rules, progress=progress
+        )
 
     def show(text: str) -> None:
         if processes.is_first():

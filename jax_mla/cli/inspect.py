@@ -17,10 +17,12 @@ from jax_mla.checkpoint.safetensors_file import StoredTensor
 from jax_mla.cli import report
 from jax_mla.config.leaf_types import PARTS
 from jax_mla.config.leaves import leaves_of
-from jax_mla.config.model import DeepSeekConfig
+from jax_mla.config.model import DTYPES, DeepSeekConfig
 
 MTP = "multi_token_prediction"
 OTHER = "other"
+LEFT_OUT = "beside_the_text_model"
+NOT_LOADED = {MTP: "multi-token prediction", LEFT_OUT: "what is beside the text model"}
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 EPILOG = "Exit code 1 when the tensors are not those that config.json describes; they are listed."
 FP8_SCALE = "_scale_inv"  # belongs to a weight: bytes, but no parameters
@@ -29,13 +31,14 @@ FP8_SCALE = "_scale_inv"  # belongs to a weight: bytes, but no parameters
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the cache; the config's without it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     folder = open_folder(args.folder)
-    config = DeepSeekConfig.from_hf(folder.config)
-    results = {"config": config.to_hf(), **summary(config, folder.tensors)}
+    config = folder.model_config(args.dtype)
+    results = {"config": config.to_hf(), **summary(config, folder.tensors, folder.left_out)}
     try:
         match(folder, config)
         results["mismatch"] = None
@@ -49,12 +52,17 @@ def run(args: argparse.Namespace) -> int:
     return 0 if results["mismatch"] is None else 1
 
 
-def summary(config: DeepSeekConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def summary(
+    config: DeepSeekConfig,
+    tensors: Mapping[str, StoredTensor],
+    left_out: Mapping[str, StoredTensor] | None = None,
+) -> dict[str, Any]:
     """Parameters, bytes by part and dtype, active parameters and cache bytes per token.
 
-    Layers of multi-token prediction are a part of their own and in no total but that of the bytes.
-    A token is computed with all parameters except the embedding table, of which it takes one row
-    (unless the head is tied to it), and the routed experts that it was not sent to.
+    What is not loaded, layers of multi-token prediction and tensors beside a text model, is a part
+    of its own and in no total but that of the bytes. A token is computed with all parameters except
+    the embedding table, of which it takes one row (unless the head is tied to it), and the routed
+    experts that it was not sent to.
     """
     parameters: Counter[str] = Counter()
     part_bytes: dict[str, Counter[str]] = defaultdict(Counter)
@@ -62,7 +70,10 @@ def summary(config: DeepSeekConfig, tensors: Mapping[str, StoredTensor]) -> dict
         part = part_of(name, config)
         part_bytes[part][tensor.dtype] += tensor.nbytes
         parameters[part] += 0 if name.endswith(FP8_SCALE) else math.prod(tensor.shape)
-    mtp = parameters.pop(MTP, 0)
+    for tensor in (left_out or {}).values():
+        part_bytes[LEFT_OUT][tensor.dtype] += tensor.nbytes
+        parameters[LEFT_OUT] += math.prod(tensor.shape)
+    not_loaded = {part: parameters.pop(part, 0) for part in NOT_LOADED}
     total = sum(parameters.values())
     active = total
     if not config.tie_word_embeddings:
@@ -70,16 +81,16 @@ def summary(config: DeepSeekConfig, tensors: Mapping[str, StoredTensor]) -> dict
     if config.num_moe_layers:
         experts, chosen = config.n_routed_experts or 1, config.num_experts_per_tok or 1
         active -= parameters["routed_experts"] // experts * (experts - chosen)
-    order = [*PARTS, OTHER, MTP]
+    order = [*PARTS, OTHER, *NOT_LOADED]
     return {
         "parameters": {
             "total": total,
             "active_per_token": active,
             "by_part": {part: parameters[part] for part in order if parameters[part]},
-            MTP: mtp,
+            **not_loaded,
         },
         "bytes": {
-            "total": sum(tensor.nbytes for tensor in tensors.values()),
+            "total": sum(sum(by_dtype.values()) for by_dtype in part_bytes.values()),
             "by_part": {part: dict(part_bytes[part]) for part in order if part in part_bytes},
         },
         "cache_bytes_per_token": cache_bytes_per_token(config) | {"dtype": config.dtype},
@@ -100,14 +111,16 @@ def _parts(config: DeepSeekConfig) -> dict[str, str]:
     """Of every published name, with {layer} and {expert} in it, both ways to store experts."""
     config = dataclasses.replace(config, tie_word_embeddings=False)  # files may hold the head
     leaves = [leaf for fused in (False, True) for leaf in leaves_of(config, fused_experts=fused)]
-    return {leaf.name: leaf.type.part for leaf in leaves}
+    rotary = "model.layers.{layer}.self_attn.rotary_emb.inv_freq"  # some files hold it: not loaded
+    return {leaf.name: leaf.type.part for leaf in leaves} | {rotary: "attention"}
 
 
 def _print(folder: Path, results: dict[str, Any]) -> None:
     fields = [[name, value] for name, value in results["config"].items() if value is not None]
     report.print_table(f"{folder}", ["config", "value"], fields)
     parameters, sizes = results["parameters"], results["bytes"]
-    counts = parameters["by_part"] | {MTP: parameters[MTP]}
+    not_loaded = {part: parameters[part] for part in NOT_LOADED if parameters[part]}
+    counts = parameters["by_part"] | not_loaded
     rows = [
         [
             part.replace("_", " "),
@@ -119,8 +132,9 @@ def _print(folder: Path, results: dict[str, Any]) -> None:
     ]
     rows.append(["all", report.count(parameters["total"]), report.size(sizes["total"]), ""])
     title = "parameters and bytes on disk"
-    if parameters[MTP]:
-        title += " (multi-token prediction is not loaded, and not in the sum of parameters)"
+    if not_loaded:
+        names = " and ".join(NOT_LOADED[part] for part in not_loaded)
+        title += f" ({names} is not loaded, and not in the sum of parameters)"
     report.print_table(title, ["part", "parameters", "bytes", "dtypes"], rows)
     cache = results["cache_bytes_per_token"]
     print(f"active parameters per token: {report.count(parameters['active_per_token'])}")

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_mla.checkpoint.folder import open_folder, read_config
+from jax_mla.checkpoint.folder import open_folder, read_model_config
 from jax_mla.cli import layout, processes, report
 from jax_mla.cli.arguments import config_folder, config_named
+from jax_mla.cli.byte_progress import ByteProgress
 from jax_mla.cli.train_flags import add_arguments, recipe_of
 from jax_mla.cli.train_progress import Metrics
 from jax_mla.config.model import DeepSeekConfig
@@ -101,7 +102,8 @@ def _export(params: Any, config: DeepSeekConfig, args: argparse.Namespace, step:
     if not of_first_process(folder.exists()):
         params = gathered(Precision(param=args.export_dtype).to_param(params))
         if params is not None:
-            jax_mla.save(folder, params, config)
+            with ByteProgress("Saving") as progress:
+                jax_mla.save(folder, params, config, progress=progress)
     return str(folder)
 
 
@@ -136,7 +138,11 @@ def params_loader(folder: Path | None, mesh: Any) -> Any:
         return None
     import jax_mla
 
-    return lambda rules: jax_mla.load(folder, mesh=mesh, rules=rules)[0]
+    def load(rules: Any) -> Any:
+        with ByteProgress("Loading") as progress:
+            return jax_mla.load(folder, mesh=mesh, rules=rules, progress=progress)[0]
+
+    return load
 
 
 def _schedule(args: argparse.Namespace, mesh: Any) -> Any:
@@ -157,7 +163,7 @@ def _config(args: argparse.Namespace) -> DeepSeekConfig:
         # Opened now so that missing weights fail before the data are read; a resumed run does not
         # need them.
         open_folder(args.model)
-    return DeepSeekConfig.from_hf(read_config(args.model))
+    return read_model_config(args.model)
 
 
 def _tokenizer(args: argparse.Namespace, config: DeepSeekConfig) -> Any:

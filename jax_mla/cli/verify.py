@@ -8,6 +8,7 @@ from typing import Any
 
 from jax_mla.cli import report
 from jax_mla.cli.arguments import number_from_0
+from jax_mla.cli.byte_progress import ByteProgress
 
 EPILOG = """
 With --golden, the folder's model in float32 is compared with what a reference wrote into an .npz
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     from jax_mla.analysis import compare_with_golden, compare_with_itself
 
     golden = None if args.golden is None else _read_golden(args.golden)
-    params, config = jax_mla.load(args.folder, dtype="float32")
+    with ByteProgress("Loading") as progress:
+        params, config = jax_mla.load(args.folder, dtype="float32", progress=progress)
     if golden is None:
         rows = compare_with_itself(params, config, atol=args.atol, seed=args.seed)
     else:

@@ -142,7 +142,7 @@ REFUSED = {
     "glm_moe_dsa": "its sparse attention (DSA indexer)",
     "glm5_next": "its sparse and linear attention",
     "deepseek_v4": "its compressed sparse attention, which is not MLA",
-    "longcat_flash": "its two attentions a layer and zero experts",
+    "longcat_flash": "its two attentions per layer and zero experts",
     "kimi_linear": "its linear-attention layers",
     "bailing_hybrid": "its linear-attention layers",
     "mistral4": "its position-dependent query scale",

@@ -9,10 +9,13 @@ from jax_mla.config.families import EXPERTS, FAMILIES, MINICPM, NULL_IS_DEFAULT,
 from jax_mla.config.fields import DTYPES, is_token_id
 from jax_mla.config.hf_rope import read_rope, write_rope
 from jax_mla.config.keys import by_field, refuse_other_computations
+from jax_mla.config.wrappers import text_part
 
 
 def read(config: Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
     """The arguments of DeepSeekConfig for the dict of a published config.json.
+
+    Of a multimodal model these are its text model's.
 
     Raises:
       ValueError: the family is unknown, or has a part that is not computed; or two names of one
@@ -20,7 +23,7 @@ def read(config: Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"a config must be an object with named values, got {config!r:.60}")
-    given = by_field(_with_dtype(config, dtype))
+    given = by_field(_with_dtype(text_part(config), dtype))
     family = family_of(given.get("model_type"))
     values = dict(family.defaults)
     for key in family.fields & given.keys():
@@ -109,7 +112,7 @@ def _router(model_type: str, values: Mapping[str, Any], family: Family) -> dict[
     """The router's fields, which must be a combination that the family has."""
     routers = {router.scoring_func: router for router in family.routers}
     scoring = values.get("scoring_func", family.routers[0].scoring_func)
-    if scoring not in routers:
+    if not isinstance(scoring, str) or scoring not in routers:
         only = " or ".join(map(repr, routers))
         raise ValueError(
             f"{model_type} with scoring_func={scoring!r} is not supported, only {only}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from jax_mla.checkpoint.folder import read_json
+from jax_mla.checkpoint.files import read_json
 from jax_mla.config.model import DeepSeekConfig
 
 # The byte-level vocabulary: ids 0..255 are the bytes themselves.

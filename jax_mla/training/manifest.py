@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from jax_mla.checkpoint.files import flush
+
 NAME = "manifest.json"
 
 
@@ -46,15 +48,6 @@ def find_damage(folder: Path) -> str | None:
         if found[name] != listed[name]:
             return f"{name} has {found[name]} instead of {listed[name]}"
     return f"{NAME} is damaged"
-
-
-def flush(path: Path) -> None:
-    """Makes a file, or the entries of a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _names(folder: Path) -> set[str]:

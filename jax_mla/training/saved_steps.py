@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from jax_mla.training.manifest import find_damage, flush, write_manifest
+from jax_mla.checkpoint.files import flush
+from jax_mla.training.manifest import find_damage, write_manifest
 from jax_mla.training.processes import is_first_process, of_first_process, wait_for_all
 from jax_mla.training.state import TrainState
 

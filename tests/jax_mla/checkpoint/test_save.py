@@ -1,8 +1,10 @@
 """Saving: the published names and bits, in shards, complete or not at all."""
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import stat
 
 import jax
@@ -10,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import assert_same_bits
+from safetensors import SafetensorError
 from safetensors.flax import load_file as load_jax
 from safetensors.numpy import load_file
 
 import jax_mla
-from jax_mla.checkpoint import saving
+from jax_mla.checkpoint import files, saving
 
 NAMES = [
     "v2_lite", "v2_group", "v3", "v3_fp8", "v3_half_noq_bias", "v3_yarn_mscale", "kimi_k2", "youtu",
@@ -154,34 +157,85 @@ def test_refuses_to_overwrite(golden, tmp_path, existing):
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("at", ["save_file", "_flush"])
-def test_leaves_nothing_behind_when_it_fails(golden, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize("at", ["save_file", "flush"])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left for .*out: it needs"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "No space left for .*out: it needs"),
+        (
+            SafetensorError('I/O error: Os { code: 28, kind: StorageFull, message: "..." }'),
+            "No space left for .*out: it needs [0-9,]+ bytes, the disk has [0-9,]+ free; nothing",
+        ),
+        (KeyboardInterrupt("now"), "now"),
+    ],
+    ids=["broken", "full", "quota", "safetensors", "interrupted"],
+)
+def test_leaves_nothing_behind_when_it_fails(golden, tmp_path, monkeypatch, at, error, message):
     params, config = jax_mla.load(golden / "v3")
     calls, real = [], getattr(saving, at)
 
     def fail_later(*args, **kwargs):
         calls.append(args)
         if len(calls) == 4:
-            raise OSError("No space left on device")
+            raise error
         return real(*args, **kwargs)
 
     monkeypatch.setattr(saving, at, fail_later)
-    with pytest.raises(OSError, match="No space left"):
+    kind = type(error) if isinstance(error, KeyboardInterrupt) else OSError
+    with pytest.raises(kind, match=message):
         jax_mla.save(tmp_path / "out", params, config, max_shard_bytes=100_000)
+    assert os.listdir(tmp_path) == []
+
+
+def test_refuses_before_it_writes_where_the_disk_is_too_small(golden, tmp_path, monkeypatch):
+    params, config = jax_mla.load(golden / "youtu")
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    message = (
+        f"No space left for .*out: it needs {needed:,} bytes, the disk has {needed - 1:,} free"
+    )
+    with pytest.raises(OSError, match=message):
+        jax_mla.save(tmp_path / "deep" / "out", params, config)
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    jax_mla.save(tmp_path / "deep" / "out", params, config)
+
+
+def test_progress_is_told_to_the_caller(golden, tmp_path):
+    params, config = jax_mla.load(golden / "v3")
+    told = []
+    progress = lambda done, total: told.append((done, total))  # noqa: E731
+    jax_mla.save(tmp_path / "out", params, config, max_shard_bytes=100_000, progress=progress)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert len(told) == len(list((tmp_path / "out").glob("model-*"))) > 1
+    assert told[-1] == (total, total) and {of for _, of in told} == {total}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_refuses_a_router_bias_that_is_not_finite(golden, tmp_path, value):
+    params, config = jax_mla.load(golden / "v3")
+    mlp = params["moe_layers"]["mlp"]
+    mlp["e_score_correction_bias"] = mlp["e_score_correction_bias"].at[1, 3].set(value)
+    with pytest.raises(ValueError, match=r"not finite \(1\): moe_layers\.mlp\.e_score_correction"):
+        jax_mla.save(tmp_path / "out", params, config)
     assert os.listdir(tmp_path) == []
 
 
 def test_the_target_appears_only_when_complete(golden, tmp_path, monkeypatch):
     """Every file is flushed while the folder still has its hidden name."""
     params, config = jax_mla.load(golden / "v3")
-    flushed, real = [], saving._flush
+    flushed, real = [], saving.flush
 
     def watch(path):
         assert (tmp_path / "out").exists() == (path == tmp_path)
         flushed.append(path.name)
         real(path)
 
-    monkeypatch.setattr(saving, "_flush", watch)
+    monkeypatch.setattr(saving, "flush", watch)
+    monkeypatch.setattr(files, "flush", watch)
     jax_mla.save(tmp_path / "out", params, config, max_shard_bytes=100_000)
     assert set(os.listdir(tmp_path / "out")) <= set(flushed)
     assert flushed[-1] == tmp_path.name

@@ -56,6 +56,7 @@ def test_v2_with_the_router_of_v3_is_computed():
         ({"norm_topk_prob": True}, "norm_topk_prob=True is not supported, only False"),
         ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false, got 'yes'"),
         ({"scoring_func": "sigmoid"}, "'sigmoid': topk_method='greedy' is not one of noaux_tc"),
+        ({"scoring_func": ["softmax"]}, r"scoring_func=\['softmax'\] is not supported, only"),
         ({"scoring_func": "relu"}, "scoring_func='relu' is not supported, only 'softmax' or"),
         ({"topk_method": "noaux_tc"}, "'softmax': topk_method='noaux_tc' is not one of greedy"),
         ({"use_mla": False}, "deepseek_v2 with use_mla=False is not supported, only True"),

@@ -1,4 +1,4 @@
-"""A progress bar for long work on bytes."""
+"""A progress bar for loading and saving weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ _PATIENCE_S = 2.0
 
 
 class ByteProgress:
-    """A bar on stderr; shown on a terminal only, and only once the work has taken two seconds."""
+    """A bar on stderr; shown on a terminal only, and only once the work has taken two seconds.
 
-    def __init__(self, label: str, total_bytes: int) -> None:
-        self._label, self._total, self._done = label, total_bytes, 0
+    Pass it to `load` or `save`: with ByteProgress("Loading") as bar: load(folder, progress=bar).
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label = label
         self._started = time.monotonic()
         self._bar: Progress | None = None
 
@@ -27,14 +30,13 @@ class ByteProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, num_bytes: int) -> None:
-        self._done += num_bytes
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done)
+            self._bar.update(self._bar.task_ids[0], completed=done_bytes)
         elif sys.stderr.isatty() and time.monotonic() - self._started > _PATIENCE_S:
-            self._bar = self._open()
+            self._bar = self._open(done_bytes, total_bytes)
 
-    def _open(self) -> Progress:
+    def _open(self, done_bytes: int, total_bytes: int) -> Progress:
         from rich import progress
         from rich.console import Console
 
@@ -47,5 +49,5 @@ class ByteProgress:
             console=Console(stderr=True),
         )
         bar.start()
-        bar.add_task(self._label, total=self._total, completed=self._done)
+        bar.add_task(self._label, total=total_bytes, completed=done_bytes)
         return bar
