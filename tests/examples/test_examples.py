@@ -36,15 +36,26 @@ def test_example_runs_offline(example, tmp_path):
     assert run_offline(example, tmp_path).strip(), "an example prints something true"
 
 
+README = (ROOT / "README.md").read_text("utf-8")
+# Every block of Python, and the output that is shown below it, if any.
+BLOCKS = re.findall(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", README, re.DOTALL)
+
+
+def test_the_readme_shows_what_its_first_blocks_print():
+    shown = [bool(output) for _, output in BLOCKS]
+    assert len(BLOCKS) >= 5 and sum(shown) >= 4
+
+
 @pytest.mark.slow
 def test_python_of_the_readme_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    """In order, in one folder, where the bundled model is where a clone has it."""
     (tmp_path / "text.txt").write_text("In the beginning. " * 200)
-    for i, block in enumerate(blocks):
+    (tmp_path / "jax_mla").symlink_to(ROOT / "jax_mla")
+    for i, (block, output) in enumerate(BLOCKS):
         program = tmp_path / f"block_{i}.py"
         program.write_text(block.replace("num_steps=2000", "num_steps=2"))
-        run_offline(program, tmp_path)
+        printed = run_offline(program, tmp_path)
+        assert not output or printed == output
 
 
 def run_offline(program, tmp_path):
