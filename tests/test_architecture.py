@@ -44,6 +44,9 @@ PLAN = {"pallas_kernels.MLADecodePlan"}
 MAY_NAME_A_PLAN = {"jax_mla/phases.py"}
 MAY_ASK_THE_OPS = {"jax_mla/cli/doctor.py", "jax_mla/cli/train_progress.py"}
 
+ROOMS = ("jax_mla", "pallas_kernels")
+MAY_MAP = {"jax_mla/layers/mla/on_mesh.py", "jax_mla/layers/moe/on_mesh.py"}
+
 PALLAS_KERNELS_NAMES = {
     "MLADecodeOutput", "MLADecodePlan", "flash_attention", "grouped_matmul", "merge_attention",
     "mla_decode", "mla_decode_plan",
@@ -128,6 +131,71 @@ def test_only_layers_call_the_ops_and_only_by_public_name(path):
     is_layer = path.relative_to(ROOT).parts[1] == "layers"
     allowed = public if is_layer else PLAN if relative(path) in MAY_NAME_A_PLAN else set()
     assert found <= allowed, f"{relative(path)} imports {sorted(found - allowed)}"
+
+
+def test_root_of_the_model_holds_few_files():
+    found = {p.stem for p in (ROOT / "jax_mla").glob("*.py")}
+    assert found == {"__init__", "__main__", "functional", "model", "params", "phases"}
+
+
+def modules_of(dotted: str) -> str | None:
+    """The file that an imported name is defined in or is, as a dotted module."""
+    for name in (dotted, dotted.rpartition(".")[0]):
+        path = ROOT / name.replace(".", "/")
+        if path.with_suffix(".py").is_file():
+            return name
+        if (path / "__init__.py").is_file() and name != dotted:
+            return f"{name}.__init__"
+    return None
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports inside of functions and for types alone count: a circle is no better for hiding."""
+    graph = {}
+    for path in SOURCES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if path.name != "__init__.py":  # lists the names of its folder
+            found = {modules_of(name) for name in imported_modules(path)} - {None, module}
+            graph[module] = {name for name in found if not name.endswith("__init__")}
+    done, open_path = set(), []
+
+    def visit(module):
+        assert module not in open_path, " -> ".join([*open_path, module])
+        if module not in done:
+            open_path.append(module)
+            for name in sorted(graph.get(module, ())):
+                visit(name)
+            done.add(open_path.pop())
+
+    for module in sorted(graph):
+        visit(module)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_no_private_name_of_another_file(path):
+    names = {name.rpartition(".")[2] for name in imported_modules(path)}
+    assert not {n for n in names if n.startswith("_") and not n.startswith("__")}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(ROOMS):
+            for alias in node.names:
+                is_module = (
+                    modules_of(f"{node.module}.{alias.name}") == f"{node.module}.{alias.name}"
+                )
+                modules |= {alias.asname or alias.name} if is_module else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            is_private = node.attr.startswith("_") and not node.attr.startswith("__")
+            assert not (is_private and node.value.id in modules), f"line {node.lineno}: {node.attr}"
+
+
+@pytest.mark.parametrize("path", of_room("jax_mla"), ids=relative)
+def test_shard_map_has_its_places(path):
+    if relative(path) in MAY_MAP or "jax_mla/training/pipeline" in relative(path):
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.Attribute) and node.attr == "shard_map")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
