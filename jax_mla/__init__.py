@@ -40,6 +40,7 @@ _HOME = {
     "generate": "generation",
     "Generated": "generation",
     "sample": "generation",
+    "SamplingOptions": "generation",
     "load": "checkpoint",
     "save": "checkpoint",
     "make_mesh": "sharding.mesh",
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
     from jax_mla.checkpoint import load, save
     from jax_mla.config import DeepSeekConfig, RopeScaling, kimi_k2, tiny, v2, v2_lite, v3
     from jax_mla.functional import decode_step, forward, forward_trace, prefill
-    from jax_mla.generation import Generated, generate, sample
+    from jax_mla.generation import Generated, SamplingOptions, generate, sample
     from jax_mla.layers.block import Block
     from jax_mla.layers.gqa import GroupedQueryAttention, KeyValueCache
     from jax_mla.layers.mla import MLA

@@ -54,7 +54,7 @@ PALLAS_KERNELS_NAMES = {
 JAX_MLA_NAMES = {
     "Block", "DeepSeek", "DeepSeekConfig", "ForwardTrace", "Generated", "GroupedQueryAttention",
     "KeyValueCache", "LatentCache", "MLA", "MoE", "PagedLatentCache", "Placement",
-    "RMSNorm", "RopeScaling", "ShardingRules", "SwiGLU", "bind", "decode_step",
+    "RMSNorm", "RopeScaling", "SamplingOptions", "ShardingRules", "SwiGLU", "bind", "decode_step",
     "explain_collectives", "explain_sharding", "forward",
     "forward_trace", "generate", "init", "kimi_k2", "load", "make_mesh", "param_shardings",
     "prefill", "sample", "save", "tiny", "v2", "v2_lite", "v3",

@@ -1,6 +1,6 @@
 """Generation: sampling from logits, and the loop that writes tokens."""
 
 from jax_mla.generation.loop import Generated, generate
-from jax_mla.generation.sampling import sample
+from jax_mla.generation.sampling import SamplingOptions, sample
 
-__all__ = ["Generated", "generate", "sample"]
+__all__ = ["Generated", "SamplingOptions", "generate", "sample"]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Key
 
 from jax_mla.cache.latent import LatentCache
 from jax_mla.cache.pages import advance
@@ -20,7 +18,8 @@ from jax_mla.checks.arrays import as_array, as_int32, concrete
 from jax_mla.checks.tokens import check_lengths, check_rope, check_tokens
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.generation.buckets import bucket, prompt_bucket
-from jax_mla.generation.sampling import sample
+from jax_mla.generation.keys import request_keys, token_keys
+from jax_mla.generation.sampling import SamplingOptions, sample
 from jax_mla.params import Params, bind, check_params
 from jax_mla.sharding.divide import check_split
 from jax_mla.sharding.placement import placement_of
@@ -33,22 +32,11 @@ class Generated:
     """What `generate` wrote.
 
     Attributes:
-      tokens: continuations without their prompts; behind a row's end they hold the pad id.
-      lengths: tokens written in each row, the one that ended it included.
+      tokens: continuations without their prompts; after a row's end they hold the pad id.
+      lengths: tokens written in each row, including the one that ended it.
     """
 
     tokens: Int[Array, "B max_new_tokens"]
-    lengths: Int[Array, " B"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _State:
-    cache: Any  # a LatentCache, or nothing where `_readable` takes the rest
-    token: Int[Array, " B"]
-    is_active: Bool[Array, " B"]
-    step: Array
-    tokens: Int[Array, "B bucket"]
     lengths: Int[Array, " B"]
 
 
@@ -63,7 +51,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    key: Array | int | None = None,
+    key: Key[Array, ""] | Key[Array, " B"] | int | Sequence[int] | None = None,
     eos_token_ids: int | tuple[int, ...] | None = None,
     stream: Callable[[np.ndarray], None] | None = None,
     rules: ShardingRules | None = None,
@@ -71,18 +59,19 @@ def generate(
     """Continues prompts until each has ended or `max_new_tokens` are written.
 
     Compiled once for all prompts whose lengths fall into the same bucket (64, 128, 256, then four
-    even steps an octave), and the same for max_new_tokens; changing the value of a sampling option
+    even steps per octave), and the same for max_new_tokens; changing the value of a sampling option
     compiles nothing, turning one on or off does.
 
     Args:
       tokens: right-padded prompts.
       lengths: tokens of each prompt, at least 1; None means all T.
-      temperature: 0 always takes the most likely token.
-      top_k, top_p, min_p: see `sample`; without effect at temperature 0.
-      key: a jax.random key or a seed from 0 to 2**32 - 1; None is seed 0, so that equal calls
-        write equal text.
+      temperature, top_k, top_p, min_p: the fields of `SamplingOptions`, see `sample`; temperature
+        0 always takes the most likely token, and the others then have no effect.
+      key: a jax.random key or a seed from 0 to 2**32 - 1, from which row i takes fold_in(key, i);
+        None is seed 0, so that equal calls write equal text. Or one per row, an array of keys or a
+        list of seeds: a row then draws the same wherever it stands and whatever stands beside it.
       eos_token_ids: ids that end a row; None takes the config's, () never stops.
-      stream: called once a step with the tokens just written, Int[B]; rows that have ended carry
+      stream: called once per step with the tokens just written, Int[B]; rows that have ended carry
         the pad id. The loop then runs on the host, one jitted step at a time, with equal results.
       rules: those by which `params` were put on a mesh; None takes the defaults.
 
@@ -94,7 +83,8 @@ def generate(
     tokens = check_tokens(tokens, config)
     lengths = check_lengths(lengths, tokens)
     _check_sizes(config, lengths, tokens.shape[1], max_new_tokens)
-    options, key = _options(config, temperature, top_k, top_p, min_p), _key(key)
+    options = SamplingOptions(temperature, top_k, top_p, min_p).arrays()
+    keys = request_keys(key, tokens.shape[0])
     eos = _ends(config.eos_token_id if eos_token_ids is None else eos_token_ids)
     pad = config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
     max_new_tokens = int(max_new_tokens)
@@ -103,17 +93,18 @@ def generate(
     tokens = _pad(tokens, prompt_bucket(tokens.shape[1], placement))
     limit = jnp.asarray(max_new_tokens, jnp.int32)
 
-    run = _Run(config, rules, eos, pad)
-    state = _start(params, run, tokens, lengths, key, options, new_bucket)
+    program = _Program(config, rules, eos, pad)
+    draw = _Draw(keys, options) if options else None
+    state = _start(params, program, tokens, lengths, draw, new_bucket)
     if stream is None:
-        state = _loop(params, run, state, limit, key, options)
+        state = _loop(params, program, state, limit, draw)
     else:
-        state = _stream(params, run, state, max_new_tokens, key, options, stream)
+        state = _stream(params, program, state, max_new_tokens, draw, stream)
     return Generated(_cut(state.tokens, max_new_tokens), state.lengths)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class _Program:
     """What a generation is compiled for, beside shapes."""
 
     config: DeepSeekConfig
@@ -122,13 +113,35 @@ class _Run:
     pad: int
 
 
-@functools.partial(jax.jit, static_argnames=("run", "new_bucket"))
-def _start(params, run: _Run, tokens, lengths, key, options, new_bucket) -> _State:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+    """How tokens are drawn; None in its place takes the most likely ones."""
+
+    keys: Key[Array, " B"]
+    options: dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    cache: Any  # a LatentCache, or nothing where `_readable` takes the rest
+    token: Int[Array, " B"]
+    is_active: Bool[Array, " B"]
+    step: Int[Array, ""]
+    tokens: Int[Array, "B bucket"]
+    lengths: Int[Array, " B"]
+
+
+@functools.partial(jax.jit, static_argnames=("program", "new_bucket"))
+def _start(
+    params, program: _Program, tokens, lengths, draw: _Draw | None, new_bucket: int
+) -> _State:
     """Prefills an empty cache and writes the first token."""
     batch, num_tokens = tokens.shape
-    model = bind(params, run.config, run.rules)
+    model = bind(params, program.config, program.rules)
     cache = LatentCache.empty(
-        run.config,
+        program.config,
         batch,
         num_tokens + new_bucket,
         dtype=params["embed_tokens"]["weight"].dtype,
@@ -142,38 +155,39 @@ def _start(params, run: _Run, tokens, lengths, key, options, new_bucket) -> _Sta
         token=jnp.zeros(batch, jnp.int32),
         is_active=jnp.ones(batch, bool),
         step=jnp.zeros((), jnp.int32),
-        tokens=jnp.full((batch, new_bucket), run.pad, jnp.int32),
+        tokens=jnp.full((batch, new_bucket), program.pad, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
     )
-    return _readable(_write(state, model.head(last), run, key, options), params, run)
+    return _readable(_write(state, model.head(last), program, draw), params, program)
 
 
-def _step(params, run: _Run, state: _State, key, options) -> _State:
+def _step(params, program: _Program, state: _State, draw: _Draw | None) -> _State:
     """Feeds the last token and writes the next one."""
-    model = bind(params, run.config, run.rules)
+    model = bind(params, program.config, program.rules)
     token = state.token[:, None]
     out = model.run(token, model.decoding(token, state.cache), state.cache)
     # A row that has ended keeps its length: its last cache row is rewritten and never counted.
     state = dataclasses.replace(state, cache=advance(out.cache, state.is_active))
-    return _readable(_write(state, model.head(out.x[:, 0]), run, key, options), params, run)
+    return _readable(_write(state, model.head(out.x[:, 0]), program, draw), params, program)
 
 
-def _readable(state: _State, params, run: _Run) -> _State:
+def _readable(state: _State, params, program: _Program) -> _State:
     """The state with everything but its cache on every device: each process reads the tokens."""
-    if (placement := placement_of(params, run.rules)) is None:
+    if (placement := placement_of(params, program.rules)) is None:
         return state
     small = jax.tree.map(placement.constrain, dataclasses.replace(state, cache=()))
     return dataclasses.replace(small, cache=state.cache)
 
 
-def _write(state: _State, logits, run: _Run, key, options) -> _State:
-    if options:
-        token = sample(logits, jax.random.fold_in(key, state.step), **options)
-    else:
+def _write(state: _State, logits, program: _Program, draw: _Draw | None) -> _State:
+    """Chooses the next token of every row that has not ended, and writes it down."""
+    if draw is None:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    token = jnp.where(state.is_active, token, run.pad)
+    else:
+        token = sample(logits, token_keys(draw.keys, state.step), **draw.options)
+    token = jnp.where(state.is_active, token, program.pad)
     has_ended = functools.reduce(
-        jnp.logical_or, [token == i for i in run.eos], jnp.zeros_like(state.is_active)
+        jnp.logical_or, [token == i for i in program.eos], jnp.zeros_like(state.is_active)
     )
     return dataclasses.replace(
         state,
@@ -187,22 +201,22 @@ def _write(state: _State, logits, run: _Run, key, options) -> _State:
     )
 
 
-@functools.partial(jax.jit, static_argnames="run", donate_argnames="state")
-def _loop(params, run: _Run, state, limit, key, options) -> _State:
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+def _loop(params, program: _Program, state: _State, limit, draw: _Draw | None) -> _State:
     return jax.lax.while_loop(
         lambda state: (state.step < limit) & state.is_active.any(),
-        lambda state: _step(params, run, state, key, options),
+        lambda state: _step(params, program, state, draw),
         state,
     )
 
 
-_step_on_host = jax.jit(_step, static_argnames="run", donate_argnames="state")
+_step_on_host = jax.jit(_step, static_argnames="program", donate_argnames="state")
 
 
-def _stream(params, run: _Run, state, max_new_tokens, key, options, stream) -> _State:
+def _stream(params, program, state: _State, max_new_tokens: int, draw, stream) -> _State:
     for step in range(max_new_tokens):
         if step:
-            state = _step_on_host(params, run, state, key, options)
+            state = _step_on_host(params, program, state, draw)
         stream(np.asarray(state.token))
         if not np.asarray(state.is_active).any():
             break
@@ -240,52 +254,11 @@ def _check_sizes(config, lengths, num_tokens: int, max_new_tokens) -> None:
     check_rope(num_cached, config)
 
 
-def _options(config, temperature, top_k, top_p, min_p) -> dict[str, Array]:
-    """What `sample` is given, checked; nothing where the most likely token is taken."""
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    given = {name: _number(name, x) for name, x in options.items() if x is not None}
-    if temperature is None or not 0 <= given["temperature"] < math.inf:
-        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    if "top_k" in given:
-        if not (1 <= (k := given["top_k"]) < math.inf and k == int(k)):
-            raise ValueError(f"top_k must be an integer of at least 1, got {top_k}")
-        given["top_k"] = min(int(k), config.vocab_size)
-    for name in ("top_p", "min_p"):
-        if name in given and not 0 < given[name] <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, got {given[name]}")
-    if temperature == 0:
-        return {}
-    kinds = {"top_k": jnp.int32}
-    return {name: jnp.asarray(x, kinds.get(name, jnp.float32)) for name, x in given.items()}
-
-
-def _number(name: str, value: Any) -> int | float:
-    if isinstance(value, Tracer):
-        raise ValueError(f"{name} decides what is compiled: it cannot be traced, got {value}")
-    array = np.asarray(value)
-    is_real = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
-    if array.shape != () or not is_real:
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return array.item()
-
-
-def _key(key: Any) -> Array:
-    """A jax.random key. Seeds have the 32 bits that jax.random takes without wrapping."""
-    if isinstance(key, jax.Array):
-        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
-        if is_typed or (key.dtype == jnp.uint32 and key.ndim == 1):
-            return key
-    seed = 0 if key is None else key
-    is_seed = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    if not is_seed or not 0 <= seed < 2**32:
-        raise ValueError(f"key must be a jax.random key or a seed from 0 to 2**32 - 1, got {key!r}")
-    return jax.random.key(seed)
-
-
 def _ends(eos_token_ids: Any) -> tuple[int, ...]:
     ids = as_array("eos_token_ids", eos_token_ids)
     if ids.size == 0:
         return ()
-    if (values := concrete(as_int32("eos_token_ids", ids))) is None:
+    if (values := concrete(ids)) is None:
         raise ValueError(f"eos_token_ids decide what is compiled: they cannot be traced, got {ids}")
+    as_int32("eos_token_ids", values)  # refuses what is no integer of 32 bits
     return tuple(values.ravel().tolist())

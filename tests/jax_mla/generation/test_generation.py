@@ -28,7 +28,7 @@ def prompts():
 @pytest.fixture(scope="module")
 def greedy(params, prompts):
     """Row by row and token by token, through `forward`, which knows no cache. Right padding is
-    behind the causal border, so that all steps share one shape."""
+    beyond the causal border, so that all steps share one shape."""
     rows = []
     for prompt, length in zip(*prompts, strict=True):
         row = np.zeros(16, np.int32)
@@ -109,6 +109,54 @@ def test_seeds(params, prompts):
     np.testing.assert_array_equal(with_key, sampled[0])
 
 
+SEEDS = (11, 22, 33)
+DRAWN = {"temperature": 1.5, "top_p": 0.9}
+
+
+@pytest.fixture(scope="module")
+def drawn(params, prompts):
+    return np.asarray(run(params, prompts, key=SEEDS, **DRAWN).tokens)
+
+
+def drawn_keys(kind):
+    seeds = np.asarray(SEEDS)
+    keys = jax.numpy.stack([jax.random.key(seed) for seed in SEEDS])
+    return {"tuple": SEEDS, "numpy": seeds, "keys": keys, "old keys": jax.random.key_data(keys)}[
+        kind
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "numpy", "keys", "old keys"])
+def test_keys_by_row(kind, params, prompts, drawn):
+    np.testing.assert_array_equal(run(params, prompts, key=drawn_keys(kind), **DRAWN).tokens, drawn)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bucket", "max_new_tokens", "stream"),
+    [((0,), 64, 4, lambda tokens: None), ((2, 0), 128, 6, None), ((1, 1, 2, 0), 64, 70, None)],
+    ids=["alone, streamed", "of two, long bucket", "of four, long continuation"],
+)
+def test_a_drawn_row_depends_on_its_key_only(
+    rows, bucket, max_new_tokens, stream, params, prompts, drawn
+):
+    """Not on its place, its batch, either bucket, or who waits for its tokens."""
+    tokens, lengths = (x[list(rows)] for x in prompts)
+    tokens = np.pad(tokens, ((0, 0), (0, bucket - tokens.shape[1])))
+    options = {"key": [SEEDS[row] for row in rows], "stream": stream, **DRAWN}
+    got = run(params, (tokens, lengths), max_new_tokens=max_new_tokens, **options).tokens
+    compared = min(max_new_tokens, STEPS)
+    np.testing.assert_array_equal(got[:, :compared], drawn[list(rows), :compared])
+
+
+def test_one_key_draws_rows_apart(params, prompts):
+    """Row i from fold_in(key, i)."""
+    tokens, lengths = (np.stack([x[0]] * 3) for x in prompts)
+    got = run(params, (tokens, lengths), key=5, **DRAWN).tokens
+    assert len({tuple(row) for row in got.tolist()}) == 3
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), np.arange(3))
+    np.testing.assert_array_equal(run(params, (tokens, lengths), key=keys, **DRAWN).tokens, got)
+
+
 def test_tiny_temperature_is_greedy(params, prompts, greedy):
     out = run(params, prompts, temperature=1e-4)
     np.testing.assert_array_equal(out.tokens, greedy)
@@ -133,7 +181,7 @@ def test_one_trace_a_bucket(stream, params, monkeypatch, compiled):
     chex.clear_trace_counter()
     for name in ("_start", "_loop", "_step_on_host"):
         once = chex.assert_max_traces(getattr(loop, name).__wrapped__, n=1)
-        static = ("run", "new_bucket") if name == "_start" else "run"
+        static = ("program", "new_bucket") if name == "_start" else "program"
         monkeypatch.setattr(loop, name, jax.jit(once, static_argnames=static))
 
     def run(length, steps, seed):
@@ -204,6 +252,9 @@ def test_works_inside_jit(params, prompts, greedy):
         ({"key": 2**40}, "a seed from 0 to 2.*32 - 1, got 1099511627776"),
         ({"key": 2**70}, "a seed from 0 to 2.*32 - 1, got 1180591620717411303424"),
         ({"key": -1}, "a seed from 0 to 2.*32 - 1, got -1"),
+        ({"key": [1, 2]}, "key must be one seed, or 3 for 3 rows, got 2"),
+        ({"key": [1, 2, -3]}, "a seed from 0 to 2.*32 - 1, got -3"),
+        ({"key": jax.random.split(jax.random.key(0), 2)}, r"3 for 3 rows, got shape \(2,\)"),
         ({"eos_token_ids": (1.5,)}, "eos_token_ids must be integers, got dtype float64"),
         ({"eos_token_ids": {3, 4}}, "eos_token_ids must be integers, got dtype object"),
         ({"eos_token_ids": 2**40}, "eos_token_ids must fit into 32 bits, got 1099511627776"),
