@@ -51,6 +51,15 @@ def check_rope(num_tokens: int, config: DeepSeekConfig) -> None:
         )
 
 
+def check_positions(num_tokens: int, max_new_tokens: int, config: DeepSeekConfig) -> None:
+    """A prompt and its continuation fit into the positions of the model."""
+    if num_tokens + max_new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones are more than the "
+            f"{config.max_position_embeddings} positions that the model has"
+        )
+
+
 def check_same_shape(tokens: jax.Array, **others: Any) -> None:
     """Every other array has an entry per token; None is left out."""
     for name, other in others.items():

@@ -38,6 +38,10 @@ def program() -> NoReturn:
     sys.exit(code)
 
 
+# Of the caller's files, options, weights or installation: one line, no traceback.
+_BAD_INPUT = (ValueError, OSError, NotImplementedError, ModuleNotFoundError, FloatingPointError)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `jax-mla argv`; the exit code is 0, 1 (a check failed), 2 (bad input) or 130."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `jax-mla inspect DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
+    except _BAD_INPUT as error:
         if args.traceback:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)

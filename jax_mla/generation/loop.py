@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, Key
 from jax_mla.cache.latent import LatentCache
 from jax_mla.cache.pages import advance
 from jax_mla.checks.arrays import as_array, as_int32, concrete
-from jax_mla.checks.tokens import check_lengths, check_rope, check_tokens
+from jax_mla.checks.tokens import check_lengths, check_positions, check_rope, check_tokens
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.generation.buckets import bucket, prompt_bucket
 from jax_mla.generation.keys import request_keys, token_keys
@@ -33,7 +33,8 @@ class Generated:
 
     Attributes:
       tokens: continuations without their prompts; after a row's end they hold the pad id.
-      lengths: tokens written in each row, including the one that ended it.
+      lengths: tokens written in each row, including the one that ended it. Where `generate` is
+        traced, a row whose logits are not finite ends before that token.
     """
 
     tokens: Int[Array, "B max_new_tokens"]
@@ -75,9 +76,15 @@ def generate(
         the pad id. The loop then runs on the host, one jitted step at a time, with equal results.
       rules: those by which `params` were put on a mesh; None takes the defaults.
 
+    Under jit, vmap or scan `params`, `tokens`, `lengths` and `key` (a key, not a seed) may be
+    traced; everything else is static. Prompts of traced lengths count as T tokens in the checks.
+
     Raises:
-      ValueError: a prompt is empty, a token id is outside the vocabulary, an option is out of its
-        range, or the parameters are not those of the config; the message names the value.
+      ValueError: a prompt is empty, a token id is outside the vocabulary, prompt and continuation
+        are more than config.max_position_embeddings, an option is out of its range, or the
+        parameters are not those of the config; the message names the value.
+      FloatingPointError: the logits of a row are not finite; the message names row and step. It
+        cannot be raised where `generate` is traced: see `Generated`.
     """
     check_params(params, config, rules)
     tokens = check_tokens(tokens, config)
@@ -100,6 +107,7 @@ def generate(
         state = _loop(params, program, state, limit, draw)
     else:
         state = _stream(params, program, state, max_new_tokens, draw, stream)
+    _check_finite(state.failed_at)
     return Generated(_cut(state.tokens, max_new_tokens), state.lengths)
 
 
@@ -131,6 +139,7 @@ class _State:
     step: Int[Array, ""]
     tokens: Int[Array, "B bucket"]
     lengths: Int[Array, " B"]
+    failed_at: Int[Array, " B"]  # the step whose logits were not finite, or -1
 
 
 @functools.partial(jax.jit, static_argnames=("program", "new_bucket"))
@@ -157,6 +166,7 @@ def _start(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.full((batch, new_bucket), program.pad, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
+        failed_at=jnp.full(batch, -1, jnp.int32),
     )
     return _readable(_write(state, model.head(last), program, draw), params, program)
 
@@ -165,7 +175,9 @@ def _step(params, program: _Program, state: _State, draw: _Draw | None) -> _Stat
     """Feeds the last token and writes the next one."""
     model = bind(params, program.config, program.rules)
     token = state.token[:, None]
-    out = model.run(token, model.decoding(token, state.cache), state.cache)
+    # A row that has ended goes to no expert, where it would take up room.
+    phase = model.decoding(token, state.cache, valid=state.is_active[:, None])
+    out = model.run(token, phase, state.cache)
     # A row that has ended keeps its length: its last cache row is rewritten and never counted.
     state = dataclasses.replace(state, cache=advance(out.cache, state.is_active))
     return _readable(_write(state, model.head(out.x[:, 0]), program, draw), params, program)
@@ -185,9 +197,12 @@ def _write(state: _State, logits, program: _Program, draw: _Draw | None) -> _Sta
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
         token = sample(logits, token_keys(draw.keys, state.step), **draw.options)
-    token = jnp.where(state.is_active, token, program.pad)
+    # Of any NaN the maximum is NaN; one that is infinite leaves no probabilities.
+    is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    is_written = state.is_active & is_finite
+    token = jnp.where(is_written, token, program.pad)
     has_ended = functools.reduce(
-        jnp.logical_or, [token == i for i in program.eos], jnp.zeros_like(state.is_active)
+        jnp.logical_or, [token == i for i in program.eos], jnp.zeros_like(is_written)
     )
     return dataclasses.replace(
         state,
@@ -195,8 +210,9 @@ def _write(state: _State, logits, program: _Program, draw: _Draw | None) -> _Sta
         tokens=jax.lax.dynamic_update_slice(
             state.tokens, token[:, None], (jnp.int32(0), state.step)
         ),
-        lengths=state.lengths + state.is_active,
-        is_active=state.is_active & ~has_ended,
+        lengths=state.lengths + is_written.astype(jnp.int32),
+        is_active=is_written & ~has_ended,
+        failed_at=jnp.where(state.is_active & ~is_finite, state.step, state.failed_at),
         step=state.step + 1,
     )
 
@@ -217,10 +233,26 @@ def _stream(params, program, state: _State, max_new_tokens: int, draw, stream) -
     for step in range(max_new_tokens):
         if step:
             state = _step_on_host(params, program, state, draw)
-        stream(np.asarray(state.token))
-        if not np.asarray(state.is_active).any():
+        token, is_active, failed_at = jax.device_get(
+            (state.token, state.is_active, state.failed_at)
+        )
+        _check_finite(failed_at)
+        stream(token)
+        if not is_active.any():
             break
     return state
+
+
+def _check_finite(failed_at) -> None:
+    """No row has stopped at logits that are not finite; unknown while traced."""
+    failed_at = concrete(failed_at)
+    if failed_at is None or not (has_failed := failed_at >= 0).any():
+        return
+    row = int(np.where(has_failed, failed_at, np.iinfo(np.int32).max).argmin())
+    raise FloatingPointError(
+        f"the logits of row {row} are not finite at step {failed_at[row]} of its continuation: "
+        "the parameters hold NaN or infinity, or overflow in their dtype"
+    )
 
 
 # Out of jit both work on the host: as operations of a device each would compile a program a length.
@@ -252,6 +284,7 @@ def _check_sizes(config, lengths, num_tokens: int, max_new_tokens) -> None:
             f"{num_cached}, positions end at {limit}"
         )
     check_rope(num_cached, config)
+    check_positions(num_tokens, int(max_new_tokens), config)
 
 
 def _ends(eos_token_ids: Any) -> tuple[int, ...]:

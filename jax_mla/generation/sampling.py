@@ -86,7 +86,7 @@ def sample(
     """
     _check_shapes(logits, keys)
     batch = logits.shape[0]
-    temperature = _column("temperature", temperature, batch)
+    temperature = _column("temperature", temperature, batch, jnp.float32)
     scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
     kept = _truncate(scaled, top_k, top_p, min_p)
     drawn = jax.vmap(jax.random.categorical)(keys, kept)
@@ -100,13 +100,12 @@ def _truncate(scaled, top_k, top_p, min_p):
     if top_k is not None or top_p is not None:
         descending = -jnp.sort(-scaled, axis=-1)
     if top_k is not None:
-        k = _column("top_k", top_k, batch)
-        last = jnp.clip(k, 1, vocab_size).astype(jnp.int32) - 1
+        last = jnp.clip(_column("top_k", top_k, batch, jnp.int32), 1, vocab_size) - 1
         threshold = jnp.take_along_axis(descending, last, axis=-1)
         kept = jnp.where(scaled < threshold, -jnp.inf, kept)
         descending = jnp.where(descending < threshold, -jnp.inf, descending)
     if top_p is not None:
-        p = _column("top_p", top_p, batch)
+        p = _column("top_p", top_p, batch, jnp.float32)
         probabilities = jax.nn.softmax(descending, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # Rounded, a sum may reach 1 before its last term: at 1 everything is kept by rule.
@@ -119,7 +118,7 @@ def _truncate(scaled, top_k, top_p, min_p):
         kept = jnp.where(is_kept, kept, -jnp.inf)
     if min_p is not None:
         best = jnp.max(scaled, axis=-1, keepdims=True)
-        threshold = best + jnp.log(_column("min_p", min_p, batch))
+        threshold = best + jnp.log(_column("min_p", min_p, batch, jnp.float32))
         kept = jnp.where(scaled < threshold, -jnp.inf, kept)
     return kept
 
@@ -137,14 +136,14 @@ def _check_shapes(logits, keys) -> None:
         )
 
 
-def _column(name: str, option, batch: int) -> Array:
+def _column(name: str, option, batch: int, dtype) -> Array:
     """One number per row, as [B, 1]."""
     option = jnp.asarray(option)
     if option.shape not in ((), (batch,)):
         raise ValueError(
             f"{name} must be a number or {batch} of them, one per row, got shape {option.shape}"
         )
-    return jnp.broadcast_to(jnp.reshape(option, (-1, 1)), (batch, 1))
+    return jnp.broadcast_to(jnp.reshape(option, (-1, 1)).astype(dtype), (batch, 1))
 
 
 def _number(name: str, value: Any) -> int | float:

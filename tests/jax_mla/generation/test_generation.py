@@ -304,3 +304,40 @@ def test_empty_prompts_are_refused(params, prompts):
         jax_mla.generate(
             params, CONFIG, prompts[0], lengths=np.asarray([1, 0, 2]), max_new_tokens=2
         )
+
+
+def test_too_many_positions_are_refused(params, prompts):
+    limit = CONFIG.max_position_embeddings
+    message = f"9 tokens and {limit - 8} new ones are more than the {limit} positions"
+    with pytest.raises(ValueError, match=message):
+        run(params, prompts, max_new_tokens=limit - 8)
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_promotes_no_dtype_silently(options, params, prompts):
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(lambda params: run(params, prompts, **options), params)
+
+
+@pytest.fixture(scope="module")
+def broken(params, greedy):
+    """Parameters that fail once row 0 has written its third token, and only there."""
+    token = greedy[0, 2]
+    assert (greedy == token).sum() == 1
+    return params | {"embed_tokens": params["embed_tokens"].at[token].set(np.nan)}
+
+
+@pytest.mark.parametrize("kind", ["loop", "stream"])
+def test_logits_that_are_not_finite_are_an_error(kind, broken, prompts, greedy):
+    seen = []
+    with pytest.raises(FloatingPointError, match="logits of row 0 are not finite at step 3"):
+        run(broken, prompts, stream=seen.append if kind == "stream" else None)
+    np.testing.assert_array_equal(np.stack(seen or greedy[:, :3].T, axis=1), greedy[:, :3])
+
+
+def test_where_it_cannot_raise_the_row_ends(broken, prompts, greedy):
+    out = jax.jit(lambda params: run(params, prompts))(broken)
+    assert out.lengths.tolist() == [3, STEPS, STEPS]
+    assert (out.tokens[0, 3:] == CONFIG.pad_token_id).all()
+    np.testing.assert_array_equal(out.tokens[0, :3], greedy[0, :3])
+    np.testing.assert_array_equal(out.tokens[1:], greedy[1:])
