@@ -73,7 +73,6 @@ def complete(
         raise ValueError(f"streaming takes one prompt, got {len(prompts)}")
     ids = [_encoded(tokenizer, prompt) for prompt in prompts]
     lengths = np.array([len(row) for row in ids], np.int32)
-    _check_positions(int(lengths.max()), max_new_tokens, config)
     tokens = np.zeros((len(ids), lengths.max()), np.int32)
     for row, values in zip(tokens, ids, strict=True):
         row[: len(values)] = values
@@ -115,11 +114,3 @@ def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens")
     return ids
-
-
-def _check_positions(num_tokens: int, max_new_tokens: int, config: DeepSeekConfig) -> None:
-    if num_tokens + max_new_tokens > config.max_position_embeddings:
-        raise ValueError(
-            f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones are more than the "
-            f"{config.max_position_embeddings} positions that the model has"
-        )
