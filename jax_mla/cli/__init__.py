@@ -1,1 +1,1 @@
-"""The command line `jax-mla`: one small file a command, imported when it is chosen."""
+"""The command line `jax-mla`: one small file a command, imported when chosen."""

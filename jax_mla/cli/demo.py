@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates twice: the first run compiles, the second is timed."""
+    """Generates twice: the first time compiles, the second one is timed."""
     if sys.stderr.isatty():
         print("loading and compiling the model", file=sys.stderr)
     import jax

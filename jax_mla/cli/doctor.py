@@ -82,12 +82,12 @@ def _versions() -> dict[str, str | None]:
 
 
 def _devices() -> tuple[list[dict[str, Any]], str | None]:
-    """What jax sees, and why it sees nothing."""
+    """The devices that jax finds, or the reason why it finds none."""
     import jax
 
     try:
         devices = jax.local_devices()
-    except (RuntimeError, AssertionError) as error:  # jax asserts when a platform has no plug-in
+    except (RuntimeError, AssertionError) as error:  # jax asserts where a platform has no plug-in
         reason = " ".join(str(error).split()) or "the platform that was asked for is not installed"
         return [], f"jax finds no device: {reason}"
     return [

@@ -1,4 +1,4 @@
-"""`jax-mla inspect`: what a checkpoint folder holds, from its headers alone, without jax."""
+"""`jax-mla inspect`: the contents of a checkpoint folder, from its headers alone, without jax."""
 
 import argparse
 import dataclasses
@@ -22,9 +22,9 @@ from jax_mla.config.model import DTYPES, DeepSeekConfig
 MTP = "multi_token_prediction"
 OTHER = "other"
 LEFT_OUT = "beside_the_text_model"
-NOT_LOADED = {MTP: "multi-token prediction", LEFT_OUT: "what is beside the text model"}
+NOT_LOADED = {MTP: "multi-token prediction", LEFT_OUT: "tensors beside the text model"}
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-EPILOG = "Exit code 1 when the tensors are not those that config.json describes; they are listed."
+EPILOG = "Exit code 1 when the tensors differ from those that config.json describes; lists them."
 FP8_SCALE = "_scale_inv"  # belongs to a weight: bytes, but no parameters
 
 
@@ -59,10 +59,10 @@ def summary(
 ) -> dict[str, Any]:
     """Parameters, bytes by part and dtype, active parameters and cache bytes per token.
 
-    What is not loaded, layers of multi-token prediction and tensors beside a text model, is a part
-    of its own and in no total but that of the bytes. A token is computed with all parameters except
-    the embedding table, of which it takes one row (unless the head is tied to it), and the routed
-    experts that it was not sent to.
+    Tensors that are not loaded (layers of multi-token prediction, and all beside a text model) are
+    parts of their own, which only the total bytes include. A token is computed with all parameters
+    except the embedding table, from which it takes one row (unless the head is tied to it), and the
+    routed experts that it was not sent to.
     """
     parameters: Counter[str] = Counter()
     part_bytes: dict[str, Counter[str]] = defaultdict(Counter)

@@ -13,11 +13,11 @@ import jax_mla
 COMMANDS = {
     "demo": "generate text with the bundled model",
     "generate": "continue a prompt with the model of a folder",
-    "inspect": "show what a checkpoint folder holds, and what its cache costs",
+    "inspect": "show the contents of a checkpoint folder and the cost of its cache",
     "verify": "check a checkpoint's numbers, against golden data or against themselves",
-    "plan": "show what each device of a mesh must hold, to train or to serve",
+    "plan": "show how many bytes each device of a mesh needs, to train or to serve",
     "train": "train a model on files of text or tokens",
-    "doctor": "show versions, devices and which kernels run here",
+    "doctor": "show versions, devices, and which kernels run here",
 }
 
 
@@ -25,10 +25,10 @@ INTERRUPTED = 130
 
 
 def program() -> NoReturn:
-    """`main` as a process. An interrupted one leaves without the interpreter's shutdown.
+    """`main` as a process. An interrupted one exits without the interpreter's shutdown.
 
-    jaxlib 0.10 gives up an interrupted compilation while its threads go on, and the shutdown takes
-    away what they use: the process would end with a segmentation fault.
+    jaxlib 0.10 abandons an interrupted compilation while its threads keep running, and the shutdown
+    frees what they use: the process would end with a segmentation fault.
     """
     code = main()
     if code == INTERRUPTED:
@@ -75,7 +75,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=jax_mla.__version__)
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it arose")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # A prompt may be the name of a command, too: only the first word that is no option is one.
+    # A prompt may also be the name of a command: only the first word that is not an option counts.
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
@@ -85,7 +85,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _is_of_the_machine(error: RuntimeError) -> bool:
-    """What jax says of a platform that is not there, or of memory that does not suffice."""
+    """Whether jax reports a missing platform or a lack of memory, rather than a bug of ours."""
     is_of_a_device = type(error).__name__ == "JaxRuntimeError"
     return is_of_a_device or str(error).startswith("Unable to initialize backend")
 

@@ -1,4 +1,4 @@
-"""`jax-mla plan`: what each device of a mesh must hold, from the config alone, without jax."""
+"""`jax-mla plan`: bytes on each device of a mesh, from the config alone, without jax."""
 
 import argparse
 import dataclasses
@@ -15,8 +15,8 @@ from jax_mla.cli.arguments import CONFIG_HELP, config_named, number_above_0, pos
 from jax_mla.cli.layout import mesh_axes
 
 EPILOG = """
-Bytes are those of one device. Activations, what the compiler needs beside them, and layers of
-multi-token prediction are not in any of them: a plan that fits barely does not fit.
+Bytes per device. Activations, the compiler's workspace and layers of multi-token prediction are not
+counted: a plan that barely fits does not fit.
 """
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=mesh_axes,
         default={},
         metavar="AXIS=N,...",
-        help="data=8; one device without",
+        help="such as data=8; one device without it",
     )
     parser.add_argument(
         "--train",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights, gradients and optimizer state instead of weights and cache",
     )
     parser.add_argument(
-        "--memory-gib", type=number_above_0, metavar="GIB", help="of a device: what fits?"
+        "--memory-gib", type=number_above_0, metavar="GIB", help="per device; adds what fits"
     )
     parser.add_argument(
         "--param-dtype",
@@ -97,7 +97,7 @@ def _serving(config, args, recipes: list[str], memory: int | None) -> dict[str, 
 
 
 def _splits(recipe: str, mesh: dict[str, int], is_training: bool) -> bool:
-    """Whether a recipe is worth a row: "ddp" always, others where they split what is counted."""
+    """Whether a layout is worth a row: "ddp" always, others where they shard what is counted."""
     split = RECIPES[recipe]
     counted = split.optimizer if is_training else split.parameters
     axes = {axis for names in counted.values() for axis in names}

@@ -8,26 +8,28 @@ from jax_mla.cli.arguments import address, natural, positive
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "several processes",
-        "Every process runs the same command, on a --mesh over the devices of all; the first one "
-        "prints, and writes what is written once.",
+        "Every process runs the same command, with a --mesh over all their devices; only the first "
+        "one prints, and writes files that exist once.",
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="SLURM, Kubernetes or Open MPI started the processes, and JAX asks them for the rest",
+        help="started by SLURM, Kubernetes or Open MPI, which tell JAX the other three",
     )
     group.add_argument(
         "--coordinator",
         type=address,
         metavar="HOST:PORT",
-        help="where none of them did: the address at which the first process is to listen",
+        help="otherwise: the address on which the first process listens",
     )
-    group.add_argument("--process-id", type=natural, metavar="I", help="from 0 on")
+    group.add_argument(
+        "--process-id", type=natural, metavar="I", help="of this process, counted from 0"
+    )
     group.add_argument("--num-processes", type=positive, metavar="N")
 
 
 def join(args: argparse.Namespace) -> None:
-    """Meets the other processes, before jax touches a device; does nothing without the flags.
+    """Connects to the other processes before jax uses a device; does nothing without the flags.
 
     Raises:
       ValueError: the flags are incomplete or contradict each other, or no cluster was found.
@@ -52,7 +54,7 @@ def join(args: argparse.Namespace) -> None:
         return
     import jax
 
-    # It would swallow every SIGTERM that comes before training has a handler of its own.
+    # It would swallow every SIGTERM that arrives before training has installed its own handler.
     jax.config.update("jax_enable_preemption_service", False)
     if given:
         jax.distributed.initialize(

@@ -1,4 +1,4 @@
-"""How results are printed: rich tables on a terminal, aligned plain text in a pipe, or JSON."""
+"""Printing of results: rich tables on a terminal, aligned plain text in a pipe, or JSON."""
 
 import json
 import math
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_json(report: dict[str, Any]) -> None:
-    """One indented JSON object on stdout. JSON has no NaN and no infinity: they are null."""
+    """One indented JSON object on stdout. NaN and infinity, which JSON lacks, become null."""
     print(json.dumps(_finite(report), indent=2, allow_nan=False))
 
 
@@ -34,7 +34,7 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints rows under a title; columns whose cells start with a digit are aligned right."""
+    """Prints rows under a title; columns in which every cell starts with a digit align right."""
     cells = [[str(cell) for cell in row] for row in rows]
     right = [all(row[i][:1].isdigit() for row in cells) for i in range(len(header))]
     if sys.stdout.isatty():

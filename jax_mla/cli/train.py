@@ -22,7 +22,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains until the end or a signal; either way the last step is saved."""
+    """Trains until the last step or a signal, and saves the step it ends with."""
     processes.join(args)
     mesh, rules = layout.build(args)
     import jax
@@ -93,7 +93,7 @@ def coverage(data: "TokenRows", num_steps: int) -> str:
 
 
 def _export(params: Any, config: DeepSeekConfig, args: argparse.Namespace, step: int) -> str:
-    """The folder of the trained model, which the first process writes unless it is there."""
+    """The folder of the trained model, which the first process writes unless it exists."""
     import jax_mla
     from jax_mla.training import Precision
     from jax_mla.training.processes import gathered, of_first_process
@@ -108,7 +108,7 @@ def _export(params: Any, config: DeepSeekConfig, args: argparse.Namespace, step:
 
 
 class Signals:
-    """Notices Ctrl-C and SIGTERM instead of dying of them; the second one is obeyed at once."""
+    """Records the first Ctrl-C or SIGTERM, for the loop to stop; the second one acts at once."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -146,7 +146,7 @@ def params_loader(folder: Path | None, mesh: Any) -> Any:
 
 
 def _schedule(args: argparse.Namespace, mesh: Any) -> Any:
-    """The schedule that --pipeline names; None without it."""
+    """The pipeline schedule that --pipeline names; None without the flag."""
     if args.pipeline is None:
         return None
     if mesh is None or mesh.shape["stage"] == 1:

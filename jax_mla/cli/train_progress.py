@@ -1,4 +1,4 @@
-"""What a training run shows while it runs: a bar or lines, and a file of JSON lines."""
+"""Progress of a training run: a bar or lines, and a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Metrics:
 
 
 def _peak_flops() -> float | None:
-    """Of all devices together; None where unknown."""
+    """Peak FLOP/s of all devices together; None where unknown."""
     import jax
 
     from pallas_kernels.hardware import peak

@@ -11,10 +11,10 @@ from jax_mla.cli.arguments import number_from_0
 from jax_mla.cli.byte_progress import ByteProgress
 
 EPILOG = """
-With --golden, the folder's model in float32 is compared with what a reference wrote into an .npz
+With --golden, compares the folder's model in float32 with the arrays of a reference in an .npz
 file: hidden states and experts of every layer, logits, and a greedy continuation with a cache.
-Without it, the expanded form of attention is compared with the absorbed one and with decoding token
-by token, on random tokens. Exit code 1 when a tensor deviates; the first one is named.
+Without it, compares the expanded form of attention with the absorbed one and with decoding token by
+token, on random tokens. Exit code 1 when a tensor deviates; names the first one.
 """
 
 
