@@ -103,6 +103,8 @@ def part_of(name: str, config: DeepSeekConfig) -> str:
         return MTP
     name = re.sub(r"^model\.layers\.\d+\.", "model.layers.{layer}.", name)
     name = re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", name)
+    if name.endswith(".self_attn.rotary_emb.inv_freq"):
+        return "attention"  # in some files, though it follows from the config and is not loaded
     return _parts(config).get(name.removesuffix(FP8_SCALE), OTHER)
 
 

@@ -91,7 +91,7 @@ def test_the_run_says_how_many_tokens_of_how_many_it_sees(small, tmp_path, capsy
 
 def test_coverage_says_how_often():
     data = TokenRows([np.arange(31)], batch_rows=2, row_tokens=11, vocab_size=31)
-    assert coverage(data, 1) == "data: 31 tokens in 1 file; this run sees 21 of them"
+    assert coverage(data, 1) == "data: 31 tokens in 1 file; this run sees 22 of them"
     assert coverage(data, 6) == "data: 31 tokens in 1 file; this run sees 31 of them, 4.0 times"
 
 
