@@ -22,7 +22,7 @@ from jax_mla.config.model import DTYPES, DeepSeekConfig
 MTP = "multi_token_prediction"
 OTHER = "other"
 LEFT_OUT = "beside_the_text_model"
-NOT_LOADED = {MTP: "multi-token prediction", LEFT_OUT: "tensors beside the text model"}
+NOT_LOADED = {MTP: "multi-token prediction", LEFT_OUT: "the rest of a multimodal model"}
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 EPILOG = "Exit code 1 when the tensors differ from those that config.json describes; lists them."
 FP8_SCALE = "_scale_inv"  # belongs to a weight: bytes, but no parameters
