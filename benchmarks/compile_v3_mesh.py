@@ -31,7 +31,7 @@ PROGRAMS = {
     "sequences and 4 experts of every layer a device",
     "train-float32": f"{TRAINING}dropless; weights, AdamW's moments and gradients in float32",
     "train-bfloat16": f"{TRAINING}dropless; weights, moments and gradients in bfloat16",
-    "train-capacity": f"{TRAINING}with expert_capacity=1.5; in bfloat16 as before",
+    "train-capacity": f"{TRAINING}with a capacity of 1.5; in bfloat16 as before",
     "train-ragged": f"{TRAINING.replace('a2a', 'ragged')}dropless; in bfloat16 as before",
 }
 
@@ -169,17 +169,22 @@ def lower_training(config, devices, name):
     from jax.sharding import NamedSharding
 
     import jax_mla
+    from jax_mla.sharding import ExpertDispatch
     from jax_mla.sharding.placement import partition_spec
     from jax_mla.training import Batch, Precision, Recipe, abstract_state, train_step
 
     mesh = jax_mla.make_mesh(fsdp=8, expert=8, devices=devices)
     rules = jax_mla.ShardingRules(
-        vocab=None, heads=None, mlp=None, batch=("data", "fsdp", "expert"), expert_dispatch="a2a"
+        vocab=None,
+        heads=None,
+        mlp=None,
+        batch=("data", "fsdp", "expert"),
+        dispatch=ExpertDispatch("a2a"),
     )
     if name == "train-capacity":
-        rules = dataclasses.replace(rules, expert_capacity=1.5)
+        rules = dataclasses.replace(rules, dispatch=ExpertDispatch("a2a", capacity=1.5))
     if name == "train-ragged":
-        rules = dataclasses.replace(rules, expert_dispatch="ragged")
+        rules = dataclasses.replace(rules, dispatch=ExpertDispatch("ragged"))
     wide = name == "train-float32"
     precision = Precision() if wide else Precision(param="bfloat16", reduce="bfloat16")
     recipe = Recipe(num_steps=1000, precision=precision, remat="full", balance_loss=1e-4)

@@ -21,8 +21,7 @@ from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.mla.forms import Form, resolve_form
 from jax_mla.model import ForwardTrace
 from jax_mla.params import Params, bind
-from jax_mla.sharding.divide import check_split
-from jax_mla.sharding.placement import placement_of
+from jax_mla.sharding.placement import check_split, placement_of
 from jax_mla.sharding.rules import ShardingRules
 
 
@@ -48,7 +47,7 @@ def forward(
     Raises:
       ValueError: a token id is outside the vocabulary, shapes disagree, or the mesh does not divide
         them.
-      NotImplementedError: the mesh's platform lacks what the rules' expert_dispatch needs.
+      NotImplementedError: the rules dispatch tokens by "ragged", and the mesh is of CPUs.
 
     Cost: 2 operations a token and active parameter, and attention's; logits of B * T * V float32
     numbers. Holds a copy of one layer's weights at a time, all experts included: up to 23 GB for

@@ -32,8 +32,8 @@ class ForwardTrace:
       hidden_states: the embedding, the output of every block but the last, the last after the norm.
       expert_index: the experts of every MoE layer, None without one; in no particular order.
       expert_weight: their weights.
-      num_dropped: of these (token, expert) pairs, how many expert_capacity dropped in each MoE
-        layer; None without one.
+      num_dropped: of these (token, expert) pairs, those that each MoE layer dropped by the capacity
+        of the rules' dispatch; None without one.
     """
 
     logits: Float[Array, "B T V"]

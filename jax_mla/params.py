@@ -106,7 +106,6 @@ def param_shardings(
 
     Raises:
       ValueError: a mesh axis does not divide the axis that it is to split; both sizes are named.
-      NotImplementedError: the mesh's platform lacks what the rules' expert_dispatch needs.
     """
     placement = Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
     _, state = split_abstract(config)
@@ -114,7 +113,9 @@ def param_shardings(
     def place(path, variable):
         axes = variable.get_metadata("logical_axes")
         spec = placement.spec(*axes)
-        check_divides(path, variable.get_value().shape, axes, spec, mesh)
+        name = jax.tree_util.keystr(path)
+        for size, axis, names in zip(variable.get_value().shape, axes, spec, strict=True):
+            check_divides(f"{name}: axis {axis!r} of size {size}", size, names, mesh.shape)
         return NamedSharding(mesh, spec)
 
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731

@@ -14,6 +14,7 @@ from jax_mla.analysis.collectives import aligned
 from jax_mla.config.leaves import leaves_of
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params
+from jax_mla.sharding.rules import as_tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,5 +88,4 @@ def _logical_axes(name: str, config: DeepSeekConfig) -> tuple[str | None, ...]:
 
 
 def _larger_than_one(entry: Any, sizes: Any) -> tuple[str, ...]:
-    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-    return tuple(name for name in names if sizes[name] > 1)
+    return tuple(name for name in as_tuple(entry) if sizes[name] > 1)

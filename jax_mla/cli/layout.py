@@ -4,7 +4,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from jax_mla.cli.arguments import positive
-from jax_mla.sharding import MESH_AXES, layouts
+from jax_mla.sharding import MESH_AXES
+from jax_mla.sharding.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, has_stages: bool = False) 
         "device without it",
     )
     parser.add_argument(
-        "--rules", choices=layouts.__all__, help="layout on the mesh; ShardingRules() without it"
+        "--rules", choices=LAYOUTS, help="layout of the mesh; without it that of ShardingRules()"
     )
 
 
@@ -36,13 +37,13 @@ def build(args: argparse.Namespace) -> "tuple[Mesh | None, ShardingRules | None]
         mesh leaves out devices of one of several processes.
     """
     if args.rules and not args.mesh:
-        raise ValueError(f"--rules {args.rules} splits over a mesh, and there is no --mesh")
+        raise ValueError(f"--rules {args.rules} shards over a mesh and needs --mesh")
     import jax
 
     import jax_mla
 
     mesh = jax_mla.make_mesh(**args.mesh) if args.mesh else None
-    rules = getattr(layouts, args.rules)() if args.rules else None
+    rules = LAYOUTS[args.rules]() if args.rules else None
     processes, devices = jax.process_count(), jax.device_count()
     if processes > 1 and (size := 0 if mesh is None else mesh.size) != devices:
         raise ValueError(

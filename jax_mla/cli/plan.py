@@ -5,14 +5,13 @@ import dataclasses
 import math
 from typing import Any
 
-from jax_mla.analysis.memory import (
-    RECIPES,
-    serving_bytes,
-    training_bytes,
-)
+from jax_mla.analysis.memory import serving_bytes, training_bytes
 from jax_mla.cli import report
 from jax_mla.cli.arguments import CONFIG_HELP, config_named, number_above_0, positive
 from jax_mla.cli.layout import mesh_axes
+from jax_mla.sharding.divide import num_devices
+from jax_mla.sharding.layouts import LAYOUTS
+from jax_mla.sharding.rules import PARAM_AXES, ShardingRules
 
 EPILOG = """
 Bytes per device. Activations, the compiler's workspace and layers of multi-token prediction are not
@@ -54,8 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = config_named(args.config)
     memory = None if args.memory_gib is None else int(args.memory_gib * 2**30)
-    recipes = [name for name in RECIPES if _splits(name, args.mesh, args.train)]
-    rows = (_training if args.train else _serving)(config, args, recipes, memory)
+    layouts = {name: layout() for name, layout in LAYOUTS.items()}
+    layouts = {
+        name: rules
+        for name, rules in layouts.items()
+        if name == "ddp" or _shards(rules, args.mesh, args.train)
+    }
+    rows = (_training if args.train else _serving)(config, args, layouts, memory)
     if args.json:
         sizes = {
             "mesh": args.mesh,
@@ -67,42 +71,42 @@ def run(args: argparse.Namespace) -> int:
     mesh = ", ".join(f"{axis}={size}" for axis, size in args.mesh.items()) or "one device"
     header = [name.replace("_", " ") for name in next(iter(rows.values()))]
     report.print_table(
-        f"{args.config} on {mesh}: bytes a device",
-        ["recipe", *header],
+        f"{args.config} on {mesh}: bytes per device",
+        ["layout", *header],
         [[name, *(_cell(key, value) for key, value in row.items())] for name, row in rows.items()],
     )
     return 0
 
 
-def _training(config, args, recipes: list[str], memory: int | None) -> dict[str, Any]:
+def _training(
+    config, args, layouts: dict[str, ShardingRules], memory: int | None
+) -> dict[str, Any]:
     rows = {}
-    for name in recipes:
+    for name, rules in layouts.items():
         options = {"param": args.param_dtype, "optimizer": args.optimizer}
-        found = training_bytes(config, args.mesh, name, **options)
+        found = training_bytes(config, args.mesh, rules, **options)
         rows[name] = dataclasses.asdict(found) | {"total": found.total}
         if memory is not None:
             rows[name]["fits"] = found.total <= memory
     return rows
 
 
-def _serving(config, args, recipes: list[str], memory: int | None) -> dict[str, Any]:
+def _serving(config, args, layouts: dict[str, ShardingRules], memory: int | None) -> dict[str, Any]:
     rows = {}
-    for name in recipes:
+    for name, rules in layouts.items():
         options = {"batch": args.batch, "memory_bytes": memory}
-        found = serving_bytes(config, args.mesh, name, **options)
+        found = serving_bytes(config, args.mesh, rules, **options)
         rows[name] = dataclasses.asdict(found)
         if memory is None:
             del rows[name]["context_tokens"]
     return rows
 
 
-def _splits(recipe: str, mesh: dict[str, int], is_training: bool) -> bool:
-    """Whether a layout is worth a row: "ddp" always, others where they shard what is counted."""
-    split = RECIPES[recipe]
-    counted = split.optimizer if is_training else split.parameters
-    axes = {axis for names in counted.values() for axis in names}
-    axes |= set() if is_training else set(split.context)
-    return recipe == "ddp" or any(mesh.get(axis, 1) > 1 for axis in axes)
+def _shards(rules: ShardingRules, mesh: dict[str, int], is_training: bool) -> bool:
+    """Whether a layout shards what is counted, on this mesh."""
+    counted = [getattr(rules.optimizer() if is_training else rules, axis) for axis in PARAM_AXES]
+    axes = counted if is_training else [*counted, rules.context]
+    return any(num_devices(axis, mesh) > 1 for axis in axes)
 
 
 def _cell(name: str, value: Any) -> str:

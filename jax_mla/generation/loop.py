@@ -21,8 +21,7 @@ from jax_mla.generation.buckets import bucket, prompt_bucket
 from jax_mla.generation.keys import request_keys, token_keys
 from jax_mla.generation.sampling import SamplingOptions, sample
 from jax_mla.params import Params, bind, check_params
-from jax_mla.sharding.divide import check_split
-from jax_mla.sharding.placement import placement_of
+from jax_mla.sharding.placement import check_split, placement_of
 from jax_mla.sharding.rules import ShardingRules
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jax_mla.cache.latent import Cache
+from jax_mla.checks.sizes import check_one_of
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.mla.module import MLA
 from jax_mla.layers.mlp import SwiGLU
@@ -171,7 +172,6 @@ def layer_scan(
         return (out.x, out.cache), traced
 
     if remat != "none":
-        if remat not in _SAVED:
-            raise ValueError(f"remat {remat!r} is not one of none, {', '.join(_SAVED)}")
+        check_one_of("remat", remat, ("none", *_SAVED))
         body = jax.checkpoint(body, prevent_cse=False, policy=_SAVED[remat])
     return body, (state, jnp.arange(num_layers, dtype=jnp.int32))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from jax_mla.sharding import layouts
 from jax_mla.sharding.axes import MESH_AXES
+from jax_mla.sharding.dispatch import ExpertDispatch
 from jax_mla.sharding.rules import ShardingRules
 
 # Of these two jax is needed, which the rules and layouts above do without.
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from jax_mla.sharding.mesh import make_mesh
     from jax_mla.sharding.placement import Placement
 
-__all__ = ["MESH_AXES", "Placement", "ShardingRules", "layouts", "make_mesh"]
+__all__ = ["MESH_AXES", "ExpertDispatch", "Placement", "ShardingRules", "layouts", "make_mesh"]
 
 
 def __getattr__(name: str):

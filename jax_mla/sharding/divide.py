@@ -1,37 +1,34 @@
-"""Whether a mesh divides what the rules shard over it."""
+"""Whether mesh axes divide what they shard. No jax."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-import jax
-
-from jax_mla.sharding.placement import Placement
+from jax_mla.sharding.rules import MeshAxes, as_tuple
 
 
-def check_split(
-    tokens: jax.Array, placement: Placement | None, axes: tuple[str, ...] = ("batch", "sequence")
+def num_devices(axes: MeshAxes, mesh: Mapping[str, int]) -> int:
+    """How many shards these mesh axes make; axes that the mesh does not have are of size 1."""
+    return math.prod(mesh.get(name, 1) for name in as_tuple(axes))
+
+
+def check_divides(
+    what: str, size: int, axes: MeshAxes, mesh: Mapping[str, int], *, stripes: int = 1
 ) -> None:
-    """Every device of the mesh is given equally many sequences, and positions in equal stripes."""
-    if placement is None:
-        return
-    for axis, size in zip(axes, tokens.shape, strict=False):
-        if size % (parts := placement.num_parts(axis)):
-            names, shards = "+".join(placement.axes(axis)), placement.num_shards(axis)
-            stripes = f"in {parts} stripes " if parts > shards else ""
-            raise ValueError(
-                f"tokens of shape {tokens.shape} cannot be split {stripes}over {shards} devices of "
-                f"mesh axis {names!r} ({axis})"
-            )
+    """Every device along these mesh axes gets an equal shard, of `stripes` equal stripes.
 
+    Args:
+      what: the beginning of the message, with the size.
+      mesh: sizes by axis.
 
-def check_divides(path, shape, logical_axes, spec, mesh) -> None:
-    """Every mesh axis divides the axis of the array that it splits."""
-    for size, axis, entry in zip(shape, logical_axes, spec, strict=True):
-        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        parts = math.prod(mesh.shape[name] for name in names)
-        if size % parts:
-            raise ValueError(
-                f"{jax.tree_util.keystr(path)}: axis {axis!r} of size {size} cannot be split "
-                f"over {parts} devices of mesh axis {'+'.join(names)!r}"
-            )
+    Raises:
+      ValueError: the size is not a multiple of devices * stripes.
+    """
+    shards = num_devices(axes, mesh)
+    if shards > 1 and size % (shards * stripes):
+        into = f"in {shards * stripes} stripes " if stripes > 1 else ""
+        raise ValueError(
+            f"{what} cannot be split {into}over {shards} devices of mesh axis "
+            f"{'+'.join(as_tuple(axes))!r}"
+        )

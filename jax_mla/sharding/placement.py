@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jax_mla.sharding.axes import MESH_AXES
+from jax_mla.sharding.divide import check_divides, num_devices
 from jax_mla.sharding.rules import LOGICAL_AXES, LogicalAxis, MeshAxes, ShardingRules, as_tuple
 
 
@@ -45,40 +45,34 @@ def _mesh_axes(rules: ShardingRules, axis: LogicalAxis) -> MeshAxes:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and the rules of what lies where on it, as layers use them. Hashable.
-
-    Raises:
-      NotImplementedError: the mesh's platform lacks what the rules' expert_dispatch needs.
-    """
+    """A mesh and the rules that shard arrays over it, as layers use them. Hashable."""
 
     mesh: AbstractMesh
     rules: ShardingRules
-
-    def __post_init__(self) -> None:
-        device = self.mesh.abstract_device  # None for a mesh of no particular devices
-        platform = device.platform if device else None
-        if self.rules.expert_dispatch == "ragged" and self.axes("expert") and platform == "cpu":
-            raise NotImplementedError(
-                "expert_dispatch='ragged' cannot run on platform 'cpu', where XLA has no "
-                "ragged_all_to_all: use 'a2a' or 'dense'"
-            )
 
     def spec(self, *logical_axes: LogicalAxis) -> PartitionSpec:
         return partition_spec(self.rules, logical_axes)
 
     def axes(self, logical_axis: str) -> tuple[str, ...]:
-        """The mesh axes of more than one device that split a logical axis."""
+        """The mesh axes of more than one device that shard a logical axis."""
         names = as_tuple(getattr(self.rules, logical_axis))
         return tuple(name for name in names if self.mesh.shape[name] > 1)
 
     def num_shards(self, logical_axis: str) -> int:
-        return math.prod(self.mesh.shape[name] for name in self.axes(logical_axis))
+        return num_devices(self.axes(logical_axis), self.mesh.shape)
+
+    def stripes(self, logical_axis: str) -> int:
+        """How many pieces of an axis each device holds: two of positions, one of all else."""
+        return 2 if logical_axis == "sequence" and self.axes("sequence") else 1
 
     def num_parts(self, logical_axis: str) -> int:
-        """What the size of an axis must be a multiple of: positions are split into two stripes a
-        device."""
-        shards = self.num_shards(logical_axis)
-        return 2 * shards if logical_axis == "sequence" and shards > 1 else shards
+        """What the size of an axis must be a multiple of."""
+        return self.num_shards(logical_axis) * self.stripes(logical_axis)
+
+    def check_divides(self, what: str, size: int, logical_axis: str) -> None:
+        """The mesh divides an axis of this size; `what` begins the message of the ValueError."""
+        axes, stripes = self.axes(logical_axis), self.stripes(logical_axis)
+        check_divides(what, size, axes, self.mesh.shape, stripes=stripes)
 
     def of_tokens(self, x: jax.Array) -> tuple[str | None, ...]:
         """Logical axes of x[B, T, ...]; a T that does not divide, as in decoding, is not split."""
@@ -97,7 +91,6 @@ def placement_of(params: Any, rules: ShardingRules | None) -> Placement | None:
 
     Raises:
       ValueError: rules were given for parameters that lie on no mesh, or on one with other axes.
-      NotImplementedError: see `Placement`.
     """
     leaves = jax.tree.leaves(params)
     if not leaves:
@@ -119,3 +112,12 @@ def placement_of(params: Any, rules: ShardingRules | None) -> Placement | None:
 def constrain_tokens(x: jax.Array, placement: Placement | None) -> jax.Array:
     """Activations x[B, T, ...] laid out by the rules; x itself without a mesh."""
     return x if placement is None else placement.constrain(x, *placement.of_tokens(x))
+
+
+def check_split(
+    tokens: jax.Array, placement: Placement | None, axes: tuple[str, ...] = ("batch", "sequence")
+) -> None:
+    """Every device of the mesh gets equally many sequences, and positions in equal stripes."""
+    if placement is not None:
+        for axis, size in zip(axes, tokens.shape, strict=False):
+            placement.check_divides(f"axis {axis!r} of tokens of shape {tokens.shape}", size, axis)

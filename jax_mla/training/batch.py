@@ -101,10 +101,4 @@ def check_rows(
         ("batch", num_rows // num_micro_batches, "rows of a micro-batch"),
         ("sequence", num_tokens, "tokens of a row"),
     ):
-        if size % (parts := place.num_parts(axis)):
-            devices = place.num_shards(axis)
-            stripes = f"in {parts} stripes " if parts > devices else ""
-            raise ValueError(
-                f"{size} {what} cannot be divided {stripes}over {devices} devices of mesh axis "
-                f"{'+'.join(place.axes(axis))!r}"
-            )
+        place.check_divides(f"{size} {what}", size, axis)

@@ -46,7 +46,7 @@ class StepReport:
       num_skipped: steps of the run that were skipped, this one included.
       largest_load: tokens of the busiest expert over the mean, in the worst layer; None without
         experts, or in a batch of nothing but padding.
-      num_dropped: (token, expert) pairs dropped by expert_capacity; None without one.
+      num_dropped: (token, expert) pairs dropped by the dispatch's capacity; None without one.
       seconds: since the previous report; for the first step, since it began, with compilation.
       tokens_per_second: of all tokens of the batch, padding included.
     """

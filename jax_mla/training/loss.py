@@ -15,8 +15,7 @@ from jax_mla.checks.tokens import check_batch
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.block import Remat
 from jax_mla.params import Params, bind
-from jax_mla.sharding.divide import check_split
-from jax_mla.sharding.placement import placement_of
+from jax_mla.sharding.placement import check_split, placement_of
 from jax_mla.sharding.rules import ShardingRules
 from jax_mla.training.batch import Batch
 from jax_mla.training.pass_options import PassOptions
@@ -35,7 +34,8 @@ class NextTokenLoss:
       z_loss: mean of log(sum(exp(logits))) ** 2, to be added with a small factor (1e-4).
       balance_loss: `sequence_balance` summed over layers, mean over rows that hold more than
         padding; 0 without MoE layers.
-      num_dropped: (token, expert) pairs dropped by expert_capacity in all layers; None without one.
+      num_dropped: (token, expert) pairs dropped by the dispatch's capacity in all layers; None without
+        one.
     """
 
     loss: Float[Array, ""]

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
+from jax_mla.checks.sizes import check_one_of
 from jax_mla.params import Params, map_leaves
 
 FloatName = Literal["float32", "bfloat16", "float16"]
@@ -39,8 +40,7 @@ class Precision:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if (value := getattr(self, field.name)) not in (known := get_args(FloatName)):
-                raise ValueError(f"{field.name} {value!r} is not one of {', '.join(known)}")
+            check_one_of(field.name, getattr(self, field.name), get_args(FloatName))
         if self.param == "float16":
             raise ValueError(
                 f"param 'float16' cannot hold the weights of an optimizer: with compute "

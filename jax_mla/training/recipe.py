@@ -7,6 +7,7 @@ import functools
 import math
 from typing import Literal, get_args
 
+from jax_mla.checks.sizes import check_one_of
 from jax_mla.layers.block import Remat
 from jax_mla.training.learning_rate import (
     LearningRate,
@@ -81,8 +82,7 @@ class Recipe:
             ("schedule", ScheduleName),
             ("remat", Remat),
         ):
-            if (value := getattr(self, name)) not in (choices := get_args(literal)):
-                raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}")
+            check_one_of(name, getattr(self, name), get_args(literal))
         for name in ("num_steps", "num_micro_batches", "chunk_tokens"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -22,7 +22,7 @@ from jax_mla.layers.linear import ExpertPool
 from jax_mla.layers.moe.exchange import padded_slots, ragged_sizes, received_experts
 from jax_mla.layers.moe.experts import apply_local
 from jax_mla.layers.moe.on_mesh import apply_on_mesh, count_dropped
-from jax_mla.sharding import layouts
+from jax_mla.sharding import ExpertDispatch, layouts
 from jax_mla.sharding.axes import MESH_AXES
 from jax_mla.sharding.placement import Placement, partition_spec
 from jax_mla.training import next_token_loss
@@ -52,8 +52,15 @@ def some(cases, main):
 
 def placement(layout, dispatch, capacity=None):
     sizes, base = LAYOUTS[layout]
-    chosen = dataclasses.replace(base, expert_dispatch=dispatch, expert_capacity=capacity)
-    return Placement(jax_mla.make_mesh(**sizes).abstract_mesh, chosen)
+    chosen = dataclasses.replace(base, dispatch=ExpertDispatch(dispatch, capacity))
+    return Placement(abstract_mesh(**sizes), chosen)
+
+
+def abstract_mesh(**sizes):
+    """Of no devices, so that no platform is known that a dispatcher could not run on."""
+    axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=axis_types)
 
 
 def layer(rng, shape=(B, T)):
@@ -158,11 +165,10 @@ def all_gathered(
 
 
 @pytest.fixture
-def emulated(monkeypatch):
+def emulated():
     """A CPU that can run the primitive; how it is differentiated stays JAX's own."""
     twin = mlir.lower_fun(all_gathered, multiple_results=False)
     mlir.register_lowering(jax.lax.ragged_all_to_all_p, twin, platform="cpu")
-    monkeypatch.setattr(Placement, "__post_init__", lambda self: None)
 
 
 def gradients(apply, x, index, weight, weights, dy):
@@ -206,10 +212,8 @@ def test_tokens_that_cannot_be_shared_evenly(dispatch, layout, rng, emulated):
 
 def test_ragged_is_refused_on_a_cpu():
     message = r"'ragged' cannot run on platform 'cpu', .* use 'a2a' or 'dense'"
-    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_dispatch="ragged")
+    recipe = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("ragged"))
     mesh = jax_mla.make_mesh(expert=8)
-    with pytest.raises(NotImplementedError, match=message):
-        jax_mla.param_shardings(CONFIG, mesh, recipe)
     shapes = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), CONFIG))
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -220,12 +224,18 @@ def test_ragged_is_refused_on_a_cpu():
     with pytest.raises(NotImplementedError, match=message):
         jax.jit(lambda p: jax_mla.forward(p, CONFIG, tokens, rules=recipe)).trace(placed)
     # Without experts on several devices there is nothing to send.
-    jax_mla.param_shardings(CONFIG, jax_mla.make_mesh(data=8), recipe)
+    mesh = jax_mla.make_mesh(data=8)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        jax_mla.param_shardings(CONFIG, mesh, recipe),
+    )
+    jax.jit(lambda p: jax_mla.forward(p, CONFIG, tokens, rules=recipe)).trace(placed)
 
 
 def lowered(mesh, function):
     """For NVIDIA GPUs, of the ragged dispatcher on a mesh of them."""
-    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_dispatch="ragged")
+    recipe = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("ragged"))
     shapes = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), CONFIG))
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -247,9 +257,7 @@ def lowered(mesh, function):
     ("function", "calls"), [(lambda f: f, 2), (jax.grad, 4)], ids=["loss", "grad"]
 )
 def test_ragged_lowers_for_gpus(function, calls):
-    axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    mesh = AbstractMesh((1, 1, 1, 8, 1, 1), MESH_AXES, axis_types=axis_types)
-    text = lowered(mesh, function).as_text()
+    text = lowered(abstract_mesh(expert=8), function).as_text()
     assert text.count("stablehlo.custom_call @ragged_all_to_all") == calls
 
 
@@ -360,14 +368,14 @@ def test_padding_takes_up_no_capacity(rng):
 
 
 def test_nothing_is_dropped_where_nothing_is_sent():
-    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_capacity=0.5)
+    recipe = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("a2a", 0.5))
     place = Placement(jax_mla.make_mesh(data=2).abstract_mesh, recipe)
     assert count_dropped(jnp.zeros((2, 3, 2), jnp.int32), E, place) == 0
 
 
 @pytest.mark.slow
 def test_forward_trace_and_loss_report_dropped_choices():
-    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_capacity=0.5)
+    recipe = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("a2a", 0.5))
     mesh = jax_mla.make_mesh(expert=8)
     params = jax_mla.init(jax.random.key(0), CONFIG)
     params = jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, recipe))
@@ -376,7 +384,7 @@ def test_forward_trace_and_loss_report_dropped_choices():
     dropped = [dropped_of(of_layer, 0.5) for of_layer in trace.expert_index]
     np.testing.assert_array_equal(trace.num_dropped, dropped)
     assert next_token_loss(params, CONFIG, tokens, rules=recipe).num_dropped == sum(dropped) > 0
-    recipe = dataclasses.replace(recipe, expert_capacity=None)
+    recipe = dataclasses.replace(recipe, dispatch=ExpertDispatch("a2a"))
     trace = functools.partial(jax_mla.forward_trace, config=CONFIG, tokens=tokens, rules=recipe)
     assert jax.eval_shape(lambda params: trace(params).num_dropped, params) is None
 
@@ -388,10 +396,16 @@ def test_forward_trace_and_loss_report_dropped_choices():
         (-1.5, "a2a", "must be a number above 0, got -1.5"),
         (float("nan"), "a2a", "must be a number above 0, got nan"),
         (True, "a2a", "must be a number above 0, got True"),
-        (1.5, "dense", "expert_capacity=1.5 is of .*'a2a'.* not of 'dense'"),
-        (1.5, "ragged", "expert_capacity=1.5 is of .*'a2a'.* not of 'ragged'"),
+        (1.5, "dense", "'a2a'.* got capacity=1.5 with method='dense'"),
+        (1.5, "ragged", "'a2a'.* got capacity=1.5 with method='ragged'"),
+        (None, "send", "method must be one of dense, a2a, ragged, got 'send'"),
     ],
 )
 def test_impossible_capacity_is_refused(capacity, dispatch, message):
     with pytest.raises(ValueError, match=message):
-        jax_mla.ShardingRules(expert_dispatch=dispatch, expert_capacity=capacity)
+        ExpertDispatch(dispatch, capacity)
+
+
+def test_a_dispatch_is_an_object():
+    with pytest.raises(ValueError, match="dispatch must be an ExpertDispatch, got 'a2a'"):
+        jax_mla.ShardingRules(dispatch="a2a")

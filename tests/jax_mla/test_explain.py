@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import jax_mla
-from jax_mla.sharding import layouts
+from jax_mla.sharding import ExpertDispatch, layouts
 from jax_mla.sharding.placement import partition_spec
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), num_attention_heads=4, num_hidden_layers=3)
@@ -85,7 +85,9 @@ def test_zero3_gathers_every_split_parameter_once():
 
 @pytest.mark.parametrize("capacity", [None, 0.75], ids=["dropless", "capacity"])
 def test_expert_parallel_sends_tokens_and_no_weights(capacity):
-    recipe = dataclasses.replace(layouts.dp_attention_ep(), expert_capacity=capacity)
+    recipe = dataclasses.replace(
+        layouts.dp_attention_ep(), dispatch=ExpertDispatch("a2a", capacity)
+    )
     rows = collectives(recipe, expert=8)
     assert {row.kind for row in rows} == {"all-to-all"}
     there_and_back = 2 * MOE_LAYERS

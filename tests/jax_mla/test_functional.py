@@ -342,7 +342,7 @@ BAD = {
     ),
     "form": (
         lambda p, t, c: jax_mla.forward(p, CONFIG, t, form="absorb"),
-        "form 'absorb' is not one of 'expanded', 'absorbed' or None",
+        "form must be one of expanded, absorbed, None, got 'absorb'",
     ),
     "other_depth": (
         lambda p, t, c: jax_mla.forward(p, dataclasses.replace(CONFIG, num_hidden_layers=2), t),

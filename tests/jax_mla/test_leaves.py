@@ -14,6 +14,7 @@ from jax_mla.analysis.memory import training_bytes
 from jax_mla.config.leaf_types import LEAF_TYPES, leaf_type
 from jax_mla.config.leaves import leaves_of
 from jax_mla.model import DeepSeek
+from jax_mla.sharding import layouts
 from jax_mla.training import Precision, Recipe, make_optimizer, update_router_bias
 from jax_mla.training.optimizer import kinds
 from jax_mla.training.pipeline import Pipeline
@@ -131,6 +132,6 @@ def test_bytes_are_counted_for_every_leaf():
     config = CONFIGS["biases"]
     size = sum(leaf.size for leaf in leaves_of(config))
     bias = sum(leaf.size for leaf in leaves_of(config) if leaf.type.kind == "fixed")
-    found = training_bytes(config, {}, "ddp", param="bfloat16")
+    found = training_bytes(config, {}, layouts.ddp(), param="bfloat16")
     assert found.parameters == 2 * size + 2 * bias
     assert found.optimizer == 2 * 2 * (size - bias)

@@ -11,14 +11,14 @@ from jax.sharding import PartitionSpec as P
 from numerics import assert_close
 
 import jax_mla
-from jax_mla.sharding import layouts
+from jax_mla.sharding import ExpertDispatch, layouts
 from jax_mla.sharding.placement import partition_spec
 from jax_mla.training import next_token_loss
 
 CONFIG = dataclasses.replace(
     jax_mla.tiny(), initializer_range=0.1, num_attention_heads=4, num_hidden_layers=2
 )
-A2A = dataclasses.replace(layouts.tensor_parallel(), expert_dispatch="a2a")
+A2A = dataclasses.replace(layouts.tensor_parallel(), dispatch=ExpertDispatch("a2a"))
 RECIPES = {
     "ddp": ({"data": 8}, layouts.ddp()),
     "zero3": ({"data": 4, "fsdp": 2}, layouts.zero3()),

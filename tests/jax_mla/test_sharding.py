@@ -1,5 +1,9 @@
 """Meshes and rules: where parameters go, and what is refused."""
 
+import inspect
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,8 @@ from numerics import assert_close
 
 import jax_mla
 from jax_mla import ShardingRules
+from jax_mla.sharding import layouts
+from jax_mla.sharding.layouts import LAYOUTS
 from jax_mla.sharding.placement import partition_spec
 
 
@@ -72,3 +78,18 @@ def test_sharded_parameters_give_the_same_logits():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 16)))
     got = jax_mla.forward(jax.device_put(params, shardings), config, tokens)
     assert_close(got, jax_mla.forward(params, config, tokens), "float32")
+
+
+def test_layouts_by_name_are_all_that_are_published():
+    functions = {n: v for n, v in vars(layouts).items() if inspect.isfunction(v)}
+    assert functions == LAYOUTS
+    for layout in LAYOUTS.values():
+        assert isinstance(layout(), ShardingRules) and layout.__doc__
+
+
+def test_rules_and_layouts_need_no_jax():
+    code = (
+        "import sys, jax_mla.sharding.layouts, jax_mla.sharding.divide, jax_mla.analysis.memory; "
+        "sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast, get_args
+
+from jax_mla.checks.sizes import check_one_of
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.phases import Form
 
@@ -19,9 +22,8 @@ def resolve_form(
     """
     if form is None:
         return choose_form(config, num_queries, num_cached)
-    if form not in ("expanded", "absorbed"):
-        raise ValueError(f"form {form!r} is not one of 'expanded', 'absorbed' or None")
-    return form
+    check_one_of("form", form, (*get_args(Form), None))
+    return cast(Form, form)
 
 
 def choose_form(config: DeepSeekConfig, num_queries: int, num_cached: int) -> Form:

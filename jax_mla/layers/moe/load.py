@@ -20,7 +20,7 @@ class LayerLoad:
     Attributes:
       load: tokens of each expert.
       balance: `sequence_balance` summed over the rows of the batch.
-      num_dropped: (token, expert) pairs dropped by expert_capacity; None without one.
+      num_dropped: (token, expert) pairs dropped by the capacity of the dispatch; None without one.
     """
 
     load: Int[Array, "*L E"]

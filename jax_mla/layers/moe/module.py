@@ -20,7 +20,7 @@ from jax_mla.sharding.placement import Placement
 
 
 class MoE(nnx.Module):
-    """DeepSeek's mixture of experts; no token is dropped, unless rules set an expert_capacity.
+    """DeepSeek's mixture of experts; drops no token, unless the rules' dispatch has a capacity.
 
     y = sum_a expert_weight[a] * expert[expert_index[a]](x) + shared(x)
 
@@ -51,7 +51,7 @@ class MoE(nnx.Module):
         """The experts and weights of every token; the router multiplies in float32.
 
         Args:
-          valid: False for padding, which goes to no expert and takes up no expert_capacity; None
+          valid: False for padding, which goes to no expert and takes up no capacity; None
             if there is none.
         """
         logits = self.gate(x.astype(jnp.float32))
@@ -63,7 +63,7 @@ class MoE(nnx.Module):
         if self.placement is not None:
             choose = route_on_mesh(choose, logits, self.placement)
         routing = choose(logits, bias).of_valid(valid)
-        if self.placement is None or self.placement.rules.expert_capacity is None:
+        if self.placement is None or self.placement.rules.dispatch.capacity is None:
             return routing
         num_experts = logits.shape[-1]
         num_dropped = count_dropped(routing.expert_index, num_experts, self.placement)

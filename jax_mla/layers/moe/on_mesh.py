@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 from jax_mla.layers.moe import exchange
 from jax_mla.layers.moe.experts import Pools, apply_experts, apply_local, combine
 from jax_mla.layers.moe.router import Routing
+from jax_mla.sharding.dispatch import ExpertDispatch
 from jax_mla.sharding.placement import Placement
-from jax_mla.sharding.rules import ShardingRules
 
 
 def apply_on_mesh(
@@ -32,13 +32,15 @@ def apply_on_mesh(
     placement: Placement,
 ) -> Float[Array, "B T D"]:
     """`apply_local` of every device's tokens and experts, by the dispatcher that the rules name."""
-    axes, rules = _Axes.of(x, placement), placement.rules
-    is_sent = rules.expert_dispatch != "dense" and axes.expert
+    axes, dispatch = _Axes.of(x, placement), placement.rules.dispatch
+    is_sent = dispatch.method != "dense" and axes.expert
+    if is_sent and dispatch.method == "ragged":
+        _check_ragged(placement)
 
     def on_device(x, expert_index, expert_weight, pools, layer):
         flat, index, weight = (a.reshape(-1, a.shape[-1]) for a in (x, expert_index, expert_weight))
         if is_sent:
-            y = _sent(flat, index, weight, pools, layer, axes, rules)
+            y = _sent(flat, index, weight, pools, layer, axes, dispatch)
         else:
             y = _dense(flat, index, weight, pools, layer, axes)
         return y.reshape(x.shape)
@@ -64,11 +66,20 @@ def route_on_mesh(
     )
 
 
+def _check_ragged(placement: Placement) -> None:
+    device = placement.mesh.abstract_device  # None for a mesh of no particular devices
+    if device is not None and device.platform == "cpu":
+        raise NotImplementedError(
+            "expert dispatch 'ragged' cannot run on platform 'cpu', where XLA has no "
+            "ragged_all_to_all: use 'a2a' or 'dense'"
+        )
+
+
 def count_dropped(
     expert_index: Int[Array, "B T A"], num_experts: int, placement: Placement
 ) -> Int[Array, ""]:
     """The (token, expert) pairs of a layer that `apply_on_mesh` drops, on all devices together."""
-    axes, capacity = _Axes.of(expert_index, placement), placement.rules.expert_capacity
+    axes, capacity = _Axes.of(expert_index, placement), placement.rules.dispatch.capacity
     if not axes.expert:  # nothing is sent
         return jnp.zeros((), jnp.int32)
     num_devices = placement.num_shards("expert")
@@ -140,7 +151,7 @@ def _dense(x, expert_index, expert_weight, pools, layer, axes: _Axes):
     return y
 
 
-def _sent(x, expert_index, expert_weight, pools, layer, axes: _Axes, rules: ShardingRules):
+def _sent(x, expert_index, expert_weight, pools, layer, axes: _Axes, dispatch: ExpertDispatch):
     """Sends every token to the devices of its experts and the results back."""
     num_tokens = x.shape[0]
     if axes.replicated:  # devices with equal tokens take some of them each
@@ -152,10 +163,10 @@ def _sent(x, expert_index, expert_weight, pools, layer, axes: _Axes, rules: Shar
         return apply_experts(rows, jnp.arange(len(rows)), expert, pools, layer, axes.embed)
 
     arguments = x, expert_index, pools[0].num_experts, run, axes.expert
-    if rules.expert_dispatch == "ragged":
+    if dispatch.method == "ragged":
         rows = exchange.ragged(*arguments)
     else:
-        rows = exchange.padded(*arguments, rules.expert_capacity)
+        rows = exchange.padded(*arguments, dispatch.capacity)
 
     y = combine(rows.reshape(*expert_index.shape, x.shape[1]), expert_weight)
     if axes.width:

@@ -18,7 +18,7 @@ class Routing:
 
     `expert_index` is -1 for padding, which goes to no expert.
     `scores` are those of all experts, unbiased, for a balance loss; a layer does not read them.
-    `num_dropped` of the choices are dropped by expert_capacity; None without one.
+    `num_dropped` of the choices are dropped by the capacity of the dispatch; None without one.
     """
 
     expert_index: Int[Array, "*B A"]

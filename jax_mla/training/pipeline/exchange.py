@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_mla.params import Params
+from jax_mla.sharding.rules import as_tuple
 from jax_mla.training.pipeline.stages import Pipeline
 
 
@@ -139,8 +140,7 @@ def _stacked(x, like, pipeline, source: int, stages: Sequence[int], spec, mesh: 
 def sharding_of(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     """Of arrays sharded by `spec` in every stage, concatenated along the first axis."""
     first, *others = spec or (None,)  # an empty spec shards nothing
-    names = () if first is None else (first,) if isinstance(first, str) else first
-    return NamedSharding(mesh, PartitionSpec(("stage", *names), *others))
+    return NamedSharding(mesh, PartitionSpec(("stage", *as_tuple(first)), *others))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -200,7 +200,9 @@ def _mean_loss(
         None if of_stage is None else programs.evened(of_stage, pipeline.config, max(num_moe))
         for of_stage in sums
     ]
-    has_capacity = pipeline.stage_rules.expert_capacity is not None and pipeline.meshes[0].size > 1
+    has_capacity = (
+        pipeline.stage_rules.dispatch.capacity is not None and pipeline.meshes[0].size > 1
+    )
     return programs.mean_loss(
         exchange.everywhere(even, pipeline),
         whole.num_tokens,

@@ -61,7 +61,7 @@ def test_a_folder_is_read(tmp_path, capsys):
 def test_the_table_is_for_people(capsys):
     assert main(["plan", "v3", *MESH, "--train"]) == 0
     out = capsys.readouterr().out
-    assert "v3 on data=8: bytes a device" in out and "10.74 TB" in out and "zero3" in out
+    assert "v3 on data=8: bytes per device" in out and "10.74 TB" in out and "zero3" in out
 
 
 def test_it_runs_without_jax():

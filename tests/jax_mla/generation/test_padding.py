@@ -1,6 +1,6 @@
 """What `generate` adds by itself, padding of prompts and rows that have ended, pushes nothing out.
 
-Eight devices have an expert and two sequences each, and expert_capacity bounds what they send.
+Eight devices have an expert and two sequences each, and a capacity bounds what they send.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jax_mla
-from jax_mla.sharding import layouts
+from jax_mla.sharding import ExpertDispatch, layouts
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.1, num_hidden_layers=2)
 BATCH, STEPS = 16, 6
@@ -36,7 +36,7 @@ def end(params, prompts):
 
 
 def generate(params, tokens, end, capacity):
-    rules = dataclasses.replace(layouts.dp_attention_ep(), expert_capacity=capacity)
+    rules = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("a2a", capacity))
     shardings = jax_mla.param_shardings(CONFIG, jax_mla.make_mesh(expert=8), rules)
     placed = jax.device_put(params, shardings)
     options = {"max_new_tokens": STEPS, "eos_token_ids": (end,), "rules": rules}

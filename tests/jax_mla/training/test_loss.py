@@ -211,7 +211,11 @@ def test_bfloat16_rounds_the_loss_and_keeps_float32_gradients(params, config, to
 @pytest.mark.parametrize(
     ("axis", "shape", "message"),
     [
-        ("data", (6, 8), r"\(6, 8\) cannot be split over 4 devices of mesh axis 'data' \(batch\)"),
+        (
+            "data",
+            (6, 8),
+            r"axis 'batch' .* \(6, 8\) cannot be split over 4 devices of mesh axis 'data'",
+        ),
         (
             "sequence",
             (4, 12),
@@ -242,9 +246,9 @@ def test_what_cannot_be_is_refused(params, config):
         next_token_loss(params, config, tokens, segment_ids=jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="chunk_tokens must be at least 1, got 0"):
         next_token_loss(params, config, tokens, chunk_tokens=0)
-    with pytest.raises(ValueError, match="remat 'some' is not one of none, full, dots"):
+    with pytest.raises(ValueError, match="remat must be one of none, full, dots, got 'some'"):
         next_token_loss(params, config, tokens, remat="some")
-    with pytest.raises(ValueError, match="compute 'float8' is not one of"):
+    with pytest.raises(ValueError, match=r"compute must be one of .*, got 'float8'"):
         Precision(compute="float8")
     with pytest.raises(ValueError, match=r"param 'float16' cannot hold.*take param 'float32'"):
         Precision(param="float16", compute="float16")

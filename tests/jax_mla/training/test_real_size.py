@@ -9,6 +9,7 @@ import pytest
 
 import jax_mla
 from jax_mla.analysis import memory
+from jax_mla.sharding import layouts
 
 PROGRAM = Path(__file__).resolve().parents[3] / "benchmarks" / "compile_v3_mesh.py"
 SLOW, AOT = pytest.mark.slow, pytest.mark.kernel_aot
@@ -33,7 +34,8 @@ def test_v3_compiles_for_64_devices(program, platform):
     assert 0 <= found["argument_bytes"] - sum(held.values()) < 1e6  # tokens, lengths, counts
     assert (found["kernels"] > 0) == (platform == "cuda")
     if program == "decode":
-        planned = memory.serving_bytes(jax_mla.v3(), {"expert": 64}, "dp_attention_ep", batch=1024)
+        rules = layouts.dp_attention_ep()
+        planned = memory.serving_bytes(jax_mla.v3(), {"expert": 64}, rules, batch=1024)
         assert held["weights"] == planned.parameters
         assert found["collectives"].keys() == {"all-to-all"}
         rows = planned.sequences * 16_384 * planned.cache_per_token

@@ -147,7 +147,7 @@ def test_experts(moe_config, random_params, axes, sizes):
     ("batch", "options", "message"),
     [
         (batch_of(8), {}, "8 rows cannot be divided into 6 micro-batches"),
-        (batch_of(6), {}, "1 rows of a micro-batch cannot be divided over 2 devices .* 'data'"),
+        (batch_of(6), {}, "1 rows of a micro-batch cannot be split over 2 devices .* 'data'"),
         (
             batch_of(12),
             {"schedule": lambda P, M: gpipe(P, M - 1)},
