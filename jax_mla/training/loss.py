@@ -34,8 +34,7 @@ class NextTokenLoss:
       z_loss: mean of log(sum(exp(logits))) ** 2, to be added with a small factor (1e-4).
       balance_loss: `sequence_balance` summed over layers, mean over rows that hold more than
         padding; 0 without MoE layers.
-      num_dropped: (token, expert) pairs dropped by the dispatch's capacity in all layers; None without
-        one.
+      num_dropped: (token, expert) pairs dropped by capacity in all layers; None without a capacity.
     """
 
     loss: Float[Array, ""]
