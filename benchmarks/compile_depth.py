@@ -19,7 +19,7 @@ WIDTHS = dict(
 
 
 def seconds(num_layers):
-    """Of tracing, lowering and compiling `forward` anew."""
+    """Time to trace, lower and compile `forward` from scratch."""
     jax.clear_caches()
     config = dataclasses.replace(jax_mla.v3(), num_hidden_layers=num_layers, **WIDTHS)
     params = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config))
@@ -29,6 +29,6 @@ def seconds(num_layers):
     return time.perf_counter() - began
 
 
-seconds(4)  # what is loaded only once
+seconds(4)  # loads what is loaded only once
 times = {layers: sorted(seconds(layers) for _ in range(5))[2] for layers in (10, 61)}
 print(f"median of 5, seconds by layers: {times}; ratio {times[61] / times[10]:.2f}")

@@ -1,11 +1,11 @@
-"""DeepSeek-V3 at its real size for 64 H200s: compiled without one, bytes and collectives a device.
+"""DeepSeek-V3 at its real size for 64 H200s, compiled without one: bytes and collectives.
 
 python benchmarks/compile_v3_mesh.py                  # needs the `aot` extra and JAX >= 0.11
 python benchmarks/compile_v3_mesh.py --platform cpu   # 64 virtual devices: layout, no GPU code
 python benchmarks/compile_v3_mesh.py --write benchmarks/results/v3_mesh.md
 
-No array is ever made: programs are lowered and compiled from shapes. One process a program, so that
-one that fails is reported and the others are not.
+No array is ever made: programs are lowered and compiled from shapes. Each program has a process of
+its own, so that one that fails is reported and the others still run.
 """
 
 import argparse

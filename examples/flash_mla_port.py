@@ -10,7 +10,7 @@ lengths = [700, 64, 0, 129]  # tokens in the cache; the third sequence has none
 rng = np.random.default_rng(0)
 num_pages = [-(-length // page) for length in lengths]
 
-# Pages lie in any order; what no sequence uses holds NaN, and the table behind its end anything.
+# Pages are in any order. Rows that no sequence uses hold NaN, unused table entries any number.
 shuffled = iter(rng.permutation(32))
 block_table = np.full((len(lengths), max(num_pages)), 2147480000, np.int32)
 kvcache = np.full((32, page, h_kv, d), np.nan, np.float32)

@@ -36,7 +36,7 @@ COLUMNS = (
 class Result:
     """One implementation on one workload; `note` says why there is no time.
 
-    `us` is the median of `num_samples`, and the rates are those of it.
+    `us` is the median of `num_samples`, and the rates follow from it.
     """
 
     op: str
@@ -76,7 +76,7 @@ class Result:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a table an op; the exit code is 1 if any implementation was wrong."""
+    """Prints one table per op; the exit code is 1 if any implementation was wrong."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
     parser.add_argument("op", nargs="*", choices=[*OPS, []], help="default: every op")
     parser.add_argument(
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which workloads, and where the figures go: also for comparisons with peers."""
+    """Options that choose workloads and the output file; the comparisons with peers share them."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a few small shapes, for a CPU")
     size.add_argument("--smoke", action="store_true", help="a few full-sized shapes, for a GPU")
@@ -114,7 +114,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def workloads(
     parser: argparse.ArgumentParser, options: argparse.Namespace, ops: Sequence[str]
 ) -> dict[str, list]:
-    """Those that the command line asks for, by op; ends the program after --list, or if none."""
+    """The chosen workloads by op; ends the program after --list, or if there are none."""
     size = "QUICK" if options.quick else "SMOKE" if options.smoke else "WORKLOADS"
     chosen = {}
     for op in ops:
@@ -129,7 +129,7 @@ def workloads(
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the versions and the inputs, without which a number means nothing."""
+    """The machine, the versions and the inputs that the figures belong to."""
     device = jax.devices()[0]
     is_gpu = device.platform == "gpu"
     return dict(
@@ -160,16 +160,16 @@ def header(about: dict[str, Any]) -> str:
 def measure(
     op: str, workload, names: Sequence[str], peers: Mapping[str, Callable] = MappingProxyType({})
 ) -> Iterator[Result]:
-    """Prints a line for every implementation and yields it; "xla", often the slowest, is last.
+    """Measures every implementation, prints a line for it and yields it; "xla" comes last.
 
-    The other results get `times_faster_than_xla` when "xla" has been timed. What fails takes no
-    other figure with it: the result says so, and the next implementation runs.
+    The other results get `times_faster_than_xla` once "xla" has been timed. If one implementation
+    fails, its result says so and the next one runs.
 
     Args:
-      names: implementations of ours.
-      peers: by name, what makes a peer's function for a workload, or raises NotImplementedError.
-        A function that takes arrays in an order of its own has `arrange` and `restore`, for
-        arguments and results; neither is timed.
+      names: our own implementations.
+      peers: by name, a function that makes a peer's function for a workload, or raises
+        NotImplementedError. If that takes arrays in its own layout, it has the attributes `arrange`
+        and `restore` for arguments and results; neither is timed.
     """
     order = sorted([*names, *peers], key=lambda name: name == "xla")
     results = [Result(op, workload.name, name, is_ours=name not in peers) for name in order]
@@ -191,9 +191,9 @@ def measure(
 
 
 def _measure_one(result: Result, workload, peers, sets, want) -> None:
-    """Fills `result` with figures, or with a note."""
+    """Fills in the figures of `result`, or its note."""
     name = result.implementation
-    # Of our kernels only the dispatcher may refuse: a gap that the compiler finds is a failure.
+    # Our own kernels are refused only by the dispatcher: what the compiler refuses is a failure.
     refusal = dispatch.CannotRun if result.is_ours else NotImplementedError
     try:
         implementation = peers[name](workload) if name in peers else name
@@ -213,14 +213,14 @@ def _measure_one(result: Result, workload, peers, sets, want) -> None:
 
 
 def _argument_sets(workload) -> list:
-    """Arrays of a workload: as many as the cache cannot hold, where memory bounds it."""
+    """Arrays of a workload; where memory bounds it, more sets of them than the cache can hold."""
     is_gpu = jax.default_backend() == "gpu"
     num_sets = timing.num_copies(workload.bytes) if is_gpu and _is_memory_bound(workload) else 1
     return [workload.arrays(seed) for seed in range(num_sets)]
 
 
 def _timed(workload, implementation, sets, want) -> tuple[tuple[float, float], list[float]]:
-    """The errors of an implementation, and samples of seconds a call if these are in bounds."""
+    """The errors of an implementation, and samples of seconds per call if these are in bounds."""
     arrange = getattr(implementation, "arrange", lambda arrays: arrays)
     restore = getattr(implementation, "restore", lambda result: result)
 
@@ -235,7 +235,7 @@ def _timed(workload, implementation, sets, want) -> tuple[tuple[float, float], l
 
 
 def _compare_with_xla(results: list[Result], xla_us: float) -> None:
-    """Fills the ratios of one workload, and prints those of the others."""
+    """Fills in `times_faster_than_xla` of one workload's results and prints it."""
     for result in results:
         if result.us:
             result.times_faster_than_xla = ratio = xla_us / result.us
@@ -244,12 +244,12 @@ def _compare_with_xla(results: list[Result], xla_us: float) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """An exception in a line."""
+    """An exception in one line."""
     return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def write_json(path: Path | None, about: dict[str, Any], results: list[Result]) -> None:
-    """After every result, so that a run that is cut short leaves what it has."""
+    """Called after every result, so that an interrupted run leaves what it has."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [dataclasses.asdict(result) for result in results]
@@ -258,7 +258,7 @@ def write_json(path: Path | None, about: dict[str, Any], results: list[Result]) 
 
 
 def fill(result: Result, workload, samples: list[float]) -> None:
-    """The figures that follow from `samples` of seconds a call."""
+    """Fills in the figures that follow from `samples` of seconds per call."""
     seconds = statistics.median(samples)
     result.us, result.fastest_us = seconds * 1e6, min(samples) * 1e6
     result.num_samples = len(samples)
@@ -280,14 +280,14 @@ def _reference(workload, arrays):
 
 
 def _errors(got, want) -> tuple[float, float]:
-    """`errors`, the largest of an op's results."""
+    """The largest `errors` of an op's results."""
     found = itertools.starmap(errors, zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
     whole, row = zip(*found, strict=True)
     return max(whole), max(row)
 
 
 def floor_seconds(workload) -> float:
-    """Seconds that the device's data sheet allows; a millisecond where it is not listed."""
+    """Least seconds by the device's data sheet; a millisecond where it is not listed."""
     peak = hardware.peak()
     if peak is None:
         return 1e-3
@@ -302,7 +302,7 @@ def _is_memory_bound(workload) -> bool:
 
 
 def _commit() -> str:
-    """Of the checkout that this file is in; an installed package has none."""
+    """Commit of the checkout that this file is in; an installed package has none."""
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
         folder = Path(__file__).parent

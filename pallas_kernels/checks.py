@@ -14,14 +14,15 @@ def require(condition: bool | np.bool_, message: str) -> None:
 
 
 def require_float(op: str, **arrays) -> None:
-    """Every array has the same dtype, one of FLOATS."""
+    """All arrays have the same dtype, one of FLOATS."""
     names = list(arrays)
     for name in names:
         dtype = str(arrays[name].dtype)
-        require(dtype in FLOATS, f"{op}: {name} has dtype {dtype}, not one of {list(FLOATS)}")
+        require(dtype in FLOATS, f"{op}: {name} must have a dtype of {list(FLOATS)}, got {dtype}")
+        first = names[0]
         require(
-            arrays[name].dtype == arrays[names[0]].dtype,
-            f"{op}: {name} has dtype {dtype}, but {names[0]} has {arrays[names[0]].dtype}",
+            arrays[name].dtype == arrays[first].dtype,
+            f"{op}: {name} must have {first}'s dtype {arrays[first].dtype}, got {dtype}",
         )
 
 
@@ -30,12 +31,12 @@ def require_integer(op: str, **arrays) -> None:
     for name, array in arrays.items():
         require(
             np.issubdtype(array.dtype, np.integer),
-            f"{op}: {name} has dtype {array.dtype}, not an integer one",
+            f"{op}: {name} must have an integer dtype, got {array.dtype}",
         )
 
 
 def require_rank(op: str, **ranks) -> None:
-    """Every (array, rank) has that rank; keyword names are the arguments' names."""
+    """Every keyword is (array, rank), by the name of the argument; the array has that rank."""
     for name, (array, rank) in ranks.items():
         require(
             hasattr(array, "shape") and hasattr(array, "dtype"),
@@ -43,8 +44,17 @@ def require_rank(op: str, **ranks) -> None:
         )
         require(
             len(array.shape) == rank,
-            f"{op}: {name} has shape {tuple(array.shape)}, which is not of rank {rank}",
+            f"{op}: {name} must have rank {rank}, got shape {tuple(array.shape)}",
         )
+
+
+def require_shape(op: str, name: str, array, shape: tuple[int, ...], reason: str = "") -> None:
+    """`array` has that shape; the reason says which other argument asks for it."""
+    because = f" for {reason}" if reason else ""
+    require(
+        tuple(array.shape) == tuple(shape),
+        f"{op}: {name} must have shape {tuple(shape)}{because}, got {tuple(array.shape)}",
+    )
 
 
 def host_values(array) -> np.ndarray | None:

@@ -20,7 +20,7 @@ class Implementation:
 
 
 class CannotRun(NotImplementedError):
-    """What `select` raises, and nothing that an implementation raises while it is traced."""
+    """Raised only by `select`, never by a kernel while tracing: a refusal, not a bug."""
 
 
 Table = Sequence[Implementation]
@@ -33,7 +33,7 @@ def select(op: str, table: Table, requested: str | None, *args, **kwargs) -> Imp
       op: name of the op, for messages.
       table: implementations, fastest first; the last one can always run.
       requested: a name insists; None chooses.
-      *args, **kwargs: the call. Only shapes, dtypes and static options are looked at.
+      *args, **kwargs: arguments of the op; only shapes, dtypes and static options matter.
 
     Raises:
       ValueError: no implementation has this name.
@@ -43,7 +43,7 @@ def select(op: str, table: Table, requested: str | None, *args, **kwargs) -> Imp
         return next(one for one in table if one.why_not(*args, **kwargs) is None)
     if requested not in NAMES:
         raise ValueError(
-            f"{op}: unknown implementation {requested!r}; choose one of {list(NAMES)} or None"
+            f"{op}: implementation must be one of {list(NAMES)} or None, got {requested!r}"
         )
     if (reason := _why_not(op, table, requested, args, kwargs)) is not None:
         raise CannotRun(f"{op}: implementation {requested!r} cannot run here: {reason}")

@@ -21,14 +21,14 @@ def get_mla_metadata(
 ) -> tuple[MLADecodePlan | None, Int32[Array | np.ndarray, "_"] | None]:
     """Returns the pair (tile_scheduler_metadata, num_splits) that `flash_mla_with_kvcache` takes.
 
-    Both of FlashMLA's calls work: the old one, with lengths, splits the work here, once a step; the
-    new one, without arguments, returns (None, None) and every decode splits its own work.
+    Both of FlashMLA's calls work: the old one, with lengths, splits the work here, once per step;
+    the new one, without arguments, returns (None, None) and every decode splits its own work.
 
     Args:
       cache_seqlens: tokens in cache of every request.
-      num_q_tokens_per_head_k: s_q * h_q // h_kv, query rows that read the same keys.
+      num_q_tokens_per_head_k: s_q * h_q // h_kv, the query rows that read the same keys.
       num_heads_k: h_kv.
-      num_heads_q: h_q; the split does not need it.
+      num_heads_q: h_q; ignored, because the split does not depend on it.
       is_fp8_kvcache: must be False.
       topk: must be None.
 
@@ -42,7 +42,7 @@ def get_mla_metadata(
         return None, None
     if num_q_tokens_per_head_k is None:
         raise ValueError(
-            f"get_mla_metadata: {cache_seqlens.shape[0]} lengths, num_q_tokens_per_head_k is None"
+            "get_mla_metadata: num_q_tokens_per_head_k must be given with cache_seqlens, got None"
         )
     plan = mla_decode_plan(
         cache_seqlens,
@@ -76,8 +76,8 @@ def flash_mla_with_kvcache(
     out[b, t, h] = softmax(softmax_scale * q[b, t, h] @ kv[b, :, g].T) @ kv[b, :, g, :head_dim_v],
     g = h // (h_q // h_kv), over the first cache_seqlens[b] tokens (causal: less s_q - 1 - t).
 
-    It computes what `mla_decode` does. What differs, all of it FlashMLA's choice: key heads have an
-    axis, causal is False by default, lse is "b h_q s_q", and +inf for a row that sees nothing.
+    Computes what `mla_decode` does, with FlashMLA's conventions: key heads have an axis, causal is
+    False by default, lse is "b h_q s_q", and +inf for a row that sees nothing.
 
     Args:
       q: absorbed queries.
@@ -86,9 +86,9 @@ def flash_mla_with_kvcache(
       cache_seqlens: tokens in cache, the new ones included.
       head_dim_v: width of a value, 512 for DeepSeek.
       tile_scheduler_metadata: from `get_mla_metadata`, for the same lengths and shapes.
-      num_splits: from `get_mla_metadata`; part of the metadata here.
+      num_splits: ignored, because it is part of the metadata here.
       softmax_scale: None is d ** -0.5.
-      causal: query t is blind to the s_q - 1 - t tokens behind it.
+      causal: query t does not see the s_q - 1 - t tokens after it.
       is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length,
         extra_topk_length: must be False or None.
 
@@ -116,7 +116,10 @@ def flash_mla_with_kvcache(
     require_rank(op, q=(q, 4), k_cache=(k_cache, 4))
     b, s_q, h_q, d = q.shape
     h_kv = k_cache.shape[2]
-    require(h_kv > 0 and h_q % h_kv == 0, f"{op}: {h_q} query heads for {h_kv} key heads")
+    require(
+        h_kv > 0 and h_q % h_kv == 0,
+        f"{op}: query heads must be a multiple of the {h_kv} key heads, got {h_q}",
+    )
     scale = d**-0.5 if softmax_scale is None else softmax_scale
 
     def attend(q, kv_pages):
@@ -140,4 +143,6 @@ def flash_mla_with_kvcache(
 def _refuse(op: str, **features):
     for name, value in features.items():
         if value is not None and value is not False:
-            raise NotImplementedError(f"{op}: {name} is a feature of FlashMLA that is not here")
+            raise NotImplementedError(
+                f"{op}: {name} is a feature of FlashMLA that does not exist here"
+            )

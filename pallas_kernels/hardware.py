@@ -65,7 +65,7 @@ def missing_gpu(wanted: tuple[int, int], device: Any = None) -> str | None:
     if found == wanted:
         return None
     have = f"{found[0]}.{found[1]}" if found else f"platform {_device(device).platform!r}"
-    return f"needs an NVIDIA GPU of compute capability {wanted[0]}.{wanted[1]}, found {have}"
+    return f"needs an NVIDIA GPU of compute capability {wanted[0]}.{wanted[1]}, got {have}"
 
 
 def _device(device: Any) -> Any:

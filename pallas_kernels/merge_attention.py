@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.checks import require
+from pallas_kernels.checks import require, require_shape
 
 
 def merge_attention(
@@ -17,15 +17,15 @@ def merge_attention(
 
     lse = log(exp(lse_a) + exp(lse_b)); out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b.
 
-    Differentiable. Computed in float32.
+    Differentiable in both modes. Computed in float32.
 
     Args:
       out_a: result over the first keys, normalised by them alone.
-      lse_a: natural log of its sum of exponentials; -inf for a row without keys, whose out is not
-        looked at.
+      lse_a: natural log of its sum of exponentials; -inf for a row without keys, whose out is
+        ignored.
       out_b: result over the other keys.
       lse_b: as lse_a. Where both are -inf, out is 0 and lse -inf, and all gradients are 0, even
-        where log or division behind it made the cotangents NaN.
+        where a later log or division made the cotangents NaN.
 
     Returns:
       out in out_a's dtype, and lse.
@@ -40,12 +40,10 @@ def merge_attention(
         ("lse_a", lse_a, out_a.shape[:-1]),
         ("lse_b", lse_b, out_a.shape[:-1]),
     ):
-        require(
-            x.shape == want,
-            f"merge_attention: {name} has shape {x.shape}, out_a {out_a.shape} asks for {want}",
-        )
+        require_shape("merge_attention", name, x, want, f"out_a {out_a.shape}")
     for name, x in (("lse_a", lse_a), ("lse_b", lse_b)):
-        require(x.dtype == jnp.float32, f"merge_attention: {name} has dtype {x.dtype}, not float32")
+        message = f"merge_attention: {name} must have dtype float32, got {x.dtype}"
+        require(x.dtype == jnp.float32, message)
     return _merge(out_a, lse_a, out_b, lse_b)
 
 

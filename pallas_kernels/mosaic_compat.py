@@ -1,4 +1,4 @@
-"""Mosaic GPU as this package uses it: the differences between JAX 0.10, 0.11 and 0.12 in one place.
+"""Mosaic GPU as this package uses it: all differences between JAX 0.10, 0.11 and 0.12.
 
 Importing this is slow, because it imports Mosaic GPU: only files that define a kernel do.
 """
@@ -46,12 +46,13 @@ def matmul_tiles(width: int, dtype) -> tuple:
 def summing_kernel(body, *, sum_type, out_type, grid, grid_names, **options):
     """`plgpu.kernel` that also returns a sum: an array of zeros that the kernel may add to.
 
-    `body` sees the operands, the sum, the other results and the scratch; the function returns the
+    `body` takes the operands, the sum, the other results and the scratch; the function returns the
     sum and a list of the other results. 0.10 calls the compiled kernel `new_body`, whatever its
     name.
 
-    The sum is a Ref that kernel and caller share, which `plgpu.kernel` takes from 0.11 on, but not
-    under vmap: its function without that rule takes one in 0.10 as well, and the rule is here.
+    The sum is a Ref that kernel and caller share. `plgpu.kernel` takes one from 0.11 on, but not
+    under vmap. The function inside its vmap rule takes one in 0.10 too, so that is called here, and
+    this has a vmap rule of its own.
     """
 
     @custom_vmap

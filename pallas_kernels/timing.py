@@ -1,11 +1,10 @@
-"""Seconds that a device spends on a function, without Python's, and the rates that bound them.
+"""Device time of a function, without Python's share, and the rates that bound it.
 
-On a GPU the calls run inside of one compiled loop, a call ordered behind the one before it: no
-Python and no launch of a program between them, but all the kernels of a call and the gaps between
-these. Sums of kernel times from a profiler would leave the gaps out; calls queued from Python
-measure Python where kernels are short. A call whose arrays fit in the cache would
-find them there, as it would not between the layers of a model: `num_copies` says how many sets of
-arrays to take in turns.
+On a GPU the calls run one after another inside one compiled loop. What is timed is all kernels of a
+call and the gaps between them, but no Python and no program launch. Summing kernel times from a
+profiler would leave out the gaps; calls queued from Python would measure Python where kernels are
+short. Arrays that fit in the cache would still be there at the next call, which they would not be
+between the layers of a model: `num_copies` says how many sets of arrays to use in turn.
 """
 
 import functools
@@ -19,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 SAMPLES = 20
-SAMPLE_SECONDS = 0.02  # a sample has as many calls as take this long, so that its start is hidden
+SAMPLE_SECONDS = 0.02  # enough calls per sample to take this long, which hides its start
 TOTAL_SECONDS = 1.0  # slow functions get fewer samples
 CACHE_BYTES = 64 * 2**20  # more than any listed GPU's level 2
-COPY_BYTES, MATMUL_SIZE = 2 * 2**30, 8192  # of what the device's rates are measured with
+COPY_BYTES, MATMUL_SIZE = 2 * 2**30, 8192  # sizes for measuring the device's rates
 
 
 def repeat(function: Callable[..., Any], num_rounds: int) -> Callable[..., Any]:
@@ -52,19 +51,19 @@ def measure(
     floor_seconds: float,
     is_right: Callable[[Any], bool] = lambda result: True,
 ) -> tuple[Any, list[float]]:
-    """What `function` returns for the last of `argument_sets`, and samples of seconds a call.
+    """What `function` returns for the last of `argument_sets`, and samples of seconds per call.
 
     Args:
       function: jittable.
-      argument_sets: taken in turns on a GPU; elsewhere the last one only is used.
-      floor_seconds: a call is not expected to be faster.
-      is_right: looks at the result before anything is timed; no samples are taken if it is wrong.
+      argument_sets: used in turn on a GPU; elsewhere only the last one is used.
+      floor_seconds: no call is expected to be faster.
+      is_right: checks the result before anything is timed; no samples are taken if it is wrong.
     """
     if jax.default_backend() != "gpu":
         compiled = jax.jit(function).lower(*argument_sets[-1]).compile()
         result = compiled(*argument_sets[-1])
         return result, _queued(compiled, argument_sets[-1]) if is_right(result) else []
-    rounds = calls_a_sample(2 * len(argument_sets) * floor_seconds)
+    rounds = calls_per_sample(2 * len(argument_sets) * floor_seconds)
     program = repeat(function, rounds)
     result = jax.block_until_ready(program(*argument_sets))
     if not is_right(result):
@@ -73,17 +72,17 @@ def measure(
 
 
 def num_copies(num_bytes: float) -> int:
-    """Sets of arrays of `num_bytes` to take in turns, so that none is in the cache when used."""
+    """Sets of arrays of `num_bytes` to use in turn, so that none is in the cache when used."""
     return max(1, math.ceil(4 * CACHE_BYTES / num_bytes)) if num_bytes < 4 * CACHE_BYTES else 1
 
 
-def calls_a_sample(seconds: float) -> int:
-    """Of a function that takes this long."""
+def calls_per_sample(seconds: float) -> int:
+    """Calls of a function that takes this long."""
     return min(max(1, round(SAMPLE_SECONDS / seconds)), 2000)
 
 
 def _sample(run: Callable[[], Any], calls: int) -> list[float]:
-    """Seconds a call of the program `run`, which makes `calls` of them; it has run once before."""
+    """Seconds per call of the program `run`, which makes `calls` calls; it has run once before."""
     samples: list[float] = []
     while not samples or (len(samples) < SAMPLES and sum(samples) * calls < TOTAL_SECONDS):
         start = time.perf_counter()
@@ -93,10 +92,10 @@ def _sample(run: Callable[[], Any], calls: int) -> list[float]:
 
 
 def _queued(function: Callable[..., Any], arguments: tuple) -> list[float]:
-    """Seconds a call when calls are queued from Python: fit where they take long, as on a CPU."""
+    """Seconds per call of calls queued from Python: good enough where they take long, on a CPU."""
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
-    calls = calls_a_sample(time.perf_counter() - start)
+    calls = calls_per_sample(time.perf_counter() - start)
 
     def run():
         for _ in range(calls - 1):
@@ -108,7 +107,7 @@ def _queued(function: Callable[..., Any], arguments: tuple) -> list[float]:
 
 @functools.cache
 def copy_bytes_per_second() -> float:
-    """Of a copy within the device's memory: bytes read and written."""
+    """Rate of a copy within the device's memory, reads plus writes."""
     x = jax.random.bits(jax.random.key(0), (COPY_BYTES // 4,), jnp.uint32)
     program = repeat(jnp.invert, 4)
     jax.block_until_ready(program((x,)))
@@ -117,7 +116,7 @@ def copy_bytes_per_second() -> float:
 
 @functools.cache
 def matmul_flops_per_second() -> float:
-    """Of XLA's matmul of two square bfloat16 matrices of normal numbers."""
+    """Rate of XLA's matmul of two square bfloat16 matrices of normal numbers."""
     size = MATMUL_SIZE
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
     program = repeat(jnp.dot, 20)

@@ -1,4 +1,4 @@
-"""Mesh axes over which a value varies inside `jax.shard_map`; no effect outside of it."""
+"""The mesh axes over which a value varies inside `jax.shard_map`; no effect outside of it."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import jax
 
 
 def align(*arrays) -> tuple[Any, ...]:
-    """Casts every array to vary over all mesh axes over which any of them does.
+    """Casts every array to vary over all mesh axes over which any of them varies.
 
-    Operators of JAX do this by themselves; a custom_vjp and the carry of a loop do not. The
-    transpose of the cast sums over the added axes, as the gradient of a replicated input must.
-    None stays None.
+    JAX's operators do this by themselves; functions with their own derivative and the carry of a
+    loop do not. The transpose of the cast sums over the added axes, as the gradient of a replicated
+    input must be. None stays None.
     """
     axes: frozenset[str] = frozenset().union(*(_axes(x) for x in arrays if x is not None))
     return tuple(

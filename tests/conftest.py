@@ -79,7 +79,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def _why_no_gpu() -> str | None:
     found = jax.default_backend()
-    return None if found == "gpu" else f"needs an NVIDIA GPU, found {found!r}"
+    return None if found == "gpu" else f"needs an NVIDIA GPU, got {found!r}"
 
 
 WHY_NOT = {"kernel_sim": interpreter.why_not, "kernel_aot": aot.why_not, "gpu": _why_no_gpu}

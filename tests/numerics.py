@@ -54,7 +54,7 @@ def assert_same_bits(got, want):
 
 
 def poison(x, is_unread, value=np.nan):
-    """A copy of `x` with `value` wherever `is_unread`, which is broadcast from the left."""
+    """A copy of `x` with `value` where `is_unread`; that names the leading axes of `x`."""
     is_unread = np.asarray(is_unread)
     is_unread = is_unread.reshape(is_unread.shape + (1,) * (np.ndim(x) - is_unread.ndim))
     poisoned = np.where(is_unread, np.asarray(value, np.float32), np.asarray(x, np.float32))
@@ -62,14 +62,14 @@ def poison(x, is_unread, value=np.nan):
 
 
 def normal(rng, shape, dtype="float32", scale=1.0):
-    """A jax array of normal numbers, rounded to `dtype`."""
+    """A JAX array of normal numbers, rounded to `dtype`."""
     return jnp.asarray(scale * rng.standard_normal(shape), dtype)
 
 
 def slow_attention(q, k, v, is_visible, scale):
-    """Attention of one head in float64, a query at a time: out "T H" and lse "T".
+    """Attention of one head in float64, one query at a time: out "T H" and lse "T".
 
-    Keys that a query does not see are left out, not masked, so that no value of theirs can matter.
+    Keys that a query does not see are left out, not masked, so their values cannot matter.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out, lse = np.zeros((len(q), v.shape[1])), np.full(len(q), -np.inf)
@@ -83,8 +83,8 @@ def slow_attention(q, k, v, is_visible, scale):
 
 
 def unchecked(function):
-    """`function` without the shape checks that `--jaxtyping-packages` wraps it in.
+    """`function` without the shape checks that `--jaxtyping-packages` wraps around it.
 
-    For tests of our own messages, which those checks would forestall.
+    For tests of our own messages, which those checks would come before.
     """
     return inspect.unwrap(function)

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def peers(workload) -> dict[str, Callable]:
-    """By name, what makes a peer's function; packed documents have two layouts."""
+    """By name, a function that makes a peer's function; packed documents have two layouts."""
     if workload.num_documents > 1:
         return {"cudnn": cudnn_packed, "cudnn-rows": cudnn_rows, "tokamax-rows": tokamax_rows}
     return {"cudnn": cudnn, "tokamax": tokamax}
@@ -60,7 +60,7 @@ class Rows:
         return self.attend(q, k, v, jnp.asarray(np.tile(self.lengths, num_sequences), jnp.int32))
 
     def arrange(self, arrays):
-        """Rows of what is packed, with zeros behind; not part of what is timed."""
+        """Unpacks documents to rows, padded with zeros; not part of what is timed."""
         places, (num_rows, size) = self._places()
 
         def rows(x):
@@ -70,27 +70,27 @@ class Rows:
         return jax.tree.map(rows, arrays)
 
     def restore(self, arrays):
-        """The inverse of `arrange`, for the comparison of results."""
+        """The inverse of `arrange`, so that results can be compared."""
         places, (num_rows, size) = self._places()
         return jax.tree.map(
             lambda x: x.reshape(-1, num_rows * size, *x.shape[2:])[:, places], arrays
         )
 
     def _places(self):
-        """Of the tokens in the rows of a sequence; number and size of these rows."""
+        """Indices of the tokens in the rows of a sequence; number and size of these rows."""
         size = -(-self.lengths.max() // ROW_TOKENS) * ROW_TOKENS
         is_token = np.arange(size) < self.lengths[:, None]
         return np.flatnonzero(is_token), is_token.shape
 
 
 def cudnn(workload):
-    """NVIDIA's library, through what jax.nn calls: jax.nn refuses values narrower than keys."""
+    """NVIDIA's library, by what jax.nn calls, because jax.nn refuses values narrower than keys."""
     _refuse(workload)
     return _cudnn(workload, "CAUSAL" if workload.causal else "NO_MASK")
 
 
 def cudnn_packed(workload):
-    """Documents where they are; cuDNN is told where each begins."""
+    """Documents as they are packed; cuDNN takes the place where each begins."""
     _refuse(workload)
     if workload.K != workload.H:
         raise NotImplementedError(
@@ -111,7 +111,7 @@ def cudnn_packed(workload):
 
 
 def cudnn_rows(workload):
-    """A document a row, and the lengths of the rows."""
+    """One document per row, and the lengths of the rows."""
     _refuse(workload)
     attend = _cudnn(workload, _padded(workload))
 
@@ -135,13 +135,13 @@ def _padded(workload) -> str:
 
 
 def tokamax(workload):
-    """Its Mosaic GPU kernel, with the configuration that it chooses."""
+    """tokamax's Mosaic GPU kernel, with the configuration that it chooses."""
     _refuse(workload)
     return functools.partial(_tokamax(), is_causal=workload.causal)
 
 
 def tokamax_rows(workload):
-    """A document a row; keys have lengths, and queries behind them have no cotangent."""
+    """One document per row; keys have lengths, and queries past them have no cotangent."""
     _refuse(workload)
     attend = functools.partial(_tokamax(), is_causal=workload.causal)
     return Rows(
@@ -160,7 +160,7 @@ def _tokamax() -> Callable[..., Any]:
 
 def _refuse(workload) -> None:
     if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"needs an NVIDIA GPU, found {jax.default_backend()!r}")
+        raise NotImplementedError(f"needs an NVIDIA GPU, got {jax.default_backend()!r}")
     if workload.deterministic:
         raise NotImplementedError("stands beside our faster gradients")
     if workload.T and workload.causal:

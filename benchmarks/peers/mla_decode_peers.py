@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 def why_not() -> str | None:
     """Why the peer cannot run here, or None."""
     if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, found {jax.default_backend()!r}"
+        return f"needs an NVIDIA GPU, got {jax.default_backend()!r}"
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     import torch
@@ -64,7 +64,7 @@ def why_not() -> str | None:
 
 
 def compare(workload) -> list[bench.Result]:
-    """Our time and the peer's; no times if their outputs differ. Prints a line."""
+    """Prints and returns our time and the peer's; no times if their outputs differ."""
     sets = [workload.arrays(seed) for seed in range(timing.num_copies(workload.bytes))]
     floor = bench.floor_seconds(workload)
     ours = bench.Result(OP, workload.name, "mosaic_gpu")
@@ -103,7 +103,7 @@ def _library() -> Path | None:
 
 
 def _peer_call(arrays, workload):
-    """A function without arguments; the schedule is made here, once, as our plan is."""
+    """A function without arguments; the schedule is made once, here, like our plan."""
     import torch
 
     q, kv_pages, page_table, lengths, _ = jax.block_until_ready(arrays)
@@ -129,10 +129,10 @@ def _cosine_error(a, b) -> float:
 
 
 def _peer_samples(calls, floor_seconds: float) -> tuple[list[float], str]:
-    """Seconds a call of a CUDA graph of many; queued calls where one cannot be captured."""
+    """Seconds per call of a CUDA graph of many calls; of queued calls if it cannot be captured."""
     import torch
 
-    rounds = timing.calls_a_sample(2 * len(calls) * floor_seconds)
+    rounds = timing.calls_per_sample(2 * len(calls) * floor_seconds)
 
     def run_all():
         for _ in range(rounds):

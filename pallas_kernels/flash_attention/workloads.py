@@ -15,7 +15,7 @@ Forward = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Attention of S tokens, or of the last T to all S; packed from documents where it says so."""
+    """Attention of S tokens, or of the last T to all S; num_documents per sequence."""
 
     B: int
     S: int
@@ -41,7 +41,7 @@ class Workload:
         return f"{direction}-{mask}-{sizes}-{self.dtype}"
 
     def document_lengths(self) -> np.ndarray:
-        """Of every sequence: borders drawn uniformly."""
+        """Tokens of each document, for every sequence: borders are drawn uniformly."""
         rng = np.random.default_rng(0)
         borders = np.sort(rng.choice(np.arange(1, self.S), self.num_documents - 1, replace=False))
         return np.diff(np.concatenate([[0], borders, [self.S]]))
@@ -89,10 +89,10 @@ class Workload:
 
     @property
     def flops(self) -> int:
-        """Two matmuls forward, five backward; causal and packing halve or leave out pairs."""
+        """Two matmuls forward, five backward; hidden pairs of a query and a key do not count."""
         columns = 3 * self.K + 2 * self.H if self.is_backward else self.K + self.H
         pairs = int(np.sum(self.document_lengths() ** 2))
-        if self.T:  # a causal border leaves out half of the T by T pairs at the end
+        if self.T:  # the causal border hides half of the T by T pairs at the end
             pairs = self.T * (2 * self.S - self.T if self.causal else self.S)
         return 2 * self.B * self.N * pairs * columns // (2 if self.causal else 1)
 
@@ -107,11 +107,11 @@ class Workload:
 
 
 def _sizes(S: int, **options) -> Workload:
-    """16k tokens at least."""
+    """At least 16k tokens."""
     return Workload(B=max(1, 16384 // S), S=S, H=128, **options)
 
 
-# One after the other for every shape: the two kinds of gradients are to be compared.
+# One after another for every shape, so that the two kinds of gradients stand side by side.
 DIRECTIONS = (
     {"is_backward": False},
     {"is_backward": True},

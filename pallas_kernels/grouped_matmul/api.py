@@ -13,6 +13,7 @@ from pallas_kernels.checks import (
     require_float,
     require_integer,
     require_rank,
+    require_shape,
 )
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 
@@ -33,15 +34,16 @@ def grouped_matmul(
     out[m] = lhs[m] @ rhs[e], where the first group_sizes[0] rows belong to e = 0, the next
     group_sizes[1] to e = 1, and so on. Matrices are counted from first_group.
 
-    Differentiable in lhs and rhs. Works under jit, vmap and shard_map.
+    Differentiable in lhs and rhs, in reverse and in forward mode (jax.jvp of jax.grad included).
+    Works under jit, vmap and shard_map.
 
     Args:
       lhs: rows sorted by group; float32, bfloat16 or float16. Rows past sum(group_sizes) belong to
-        none: they give 0, and may hold NaN.
-      rhs: one matrix a group; lhs' dtype. A matrix without rows gets gradient 0.
+        no group: their result is 0, and they may hold NaN.
+      rhs: one matrix per group; lhs' dtype. A matrix without rows gets gradient 0.
       group_sizes: rows of every group, 0 <= group_sizes, sum(group_sizes) <= M.
-      first_group: given when rhs is a larger pool, such as the experts of all layers: group e
-        multiplies by rhs[first_group + e].
+      first_group: for an rhs with the matrices of more groups, such as the experts of all layers:
+        group e multiplies by rhs[first_group + e].
       preferred_element_type: dtype of the result; None is lhs' dtype. Sums are float32 either way.
       implementation: None chooses the fastest that can run here; a name insists on it.
 
@@ -71,17 +73,19 @@ def _check(lhs, rhs, group_sizes, first_group):
     require_integer(op, group_sizes=group_sizes)
     M, K = lhs.shape
     E, num_matrices = group_sizes.shape[0], rhs.shape[0]
-    require(rhs.shape[1] == K, f"{op}: matrices have {rhs.shape[1]} rows, lhs has {K} columns")
+    require_shape(op, "rhs", rhs, (num_matrices, K, rhs.shape[2]), f"lhs {lhs.shape}")
     if first_group is None:
-        require(num_matrices == E, f"{op}: {E} group sizes for {num_matrices} matrices")
+        require_shape(op, "group_sizes", group_sizes, (num_matrices,), f"rhs {rhs.shape}")
     elif (first := host_values(first_group)) is not None:
         require(
             bool(0 <= first <= num_matrices - E),
-            f"{op}: {E} group sizes from first_group={first} on for {num_matrices} matrices",
+            f"{op}: first_group must be within 0 and {num_matrices - E} for {E} groups of"
+            f" {num_matrices} matrices, got {first}",
         )
-    require(min(E, K, rhs.shape[2]) > 0, f"{op}: a size is 0 in rhs {rhs.shape}")
+    require(min(E, K, rhs.shape[2]) > 0, f"{op}: all sizes must be positive, got rhs {rhs.shape}")
     if (values := host_values(group_sizes)) is not None:
         require(
             values.min() >= 0 and values.sum() <= M,
-            f"{op}: group_sizes from {values.min()} up with sum {values.sum()} for {M} rows",
+            f"{op}: group_sizes must be 0 or more, with a sum of at most the {M} rows of lhs, got"
+            f" {values.min()} as the smallest and {values.sum()} as the sum",
         )

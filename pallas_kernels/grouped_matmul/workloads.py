@@ -67,7 +67,7 @@ class Workload:
 
 
 WORKLOADS = [
-    # DeepSeek-V3: decode of 128 tokens and of 4096, prefill of 4096 (8 experts a token).
+    # DeepSeek-V3: decode of 128 tokens and of 4096, prefill of 4096 (8 experts per token).
     Workload(M=1024, E=256, K=7168, N=2048),
     Workload(M=32768, E=256, K=7168, N=2048),
     Workload(M=32768, E=256, K=2048, N=7168),

@@ -12,6 +12,7 @@ from pallas_kernels.checks import (
     require_float,
     require_integer,
     require_rank,
+    require_shape,
 )
 from pallas_kernels.mla_decode.plan import MLADecodePlan
 from pallas_kernels.mla_decode.reference import mla_decode_reference
@@ -50,18 +51,17 @@ def mla_decode(
 
     Args:
       q: absorbed query and its rotary part, concatenated; float32, bfloat16 or float16.
-      kv_pages: one row a token: latent, then rotary key; q's dtype. Rows beyond a sequence's
+      kv_pages: one row per token: latent, then rotary key; q's dtype. Rows past a sequence's
         length may hold NaN: they do not change the result.
-      page_table: page of each run of page_size tokens; what stands beyond the last used page is
-        ignored.
+      page_table: the page of every page_size tokens; entries past the last used page are ignored.
       lengths: tokens in cache, the T new ones included; 0 <= lengths <= max_pages * page_size.
-        A query that sees nothing (length 0, or causal and t too early) gives out = 0, lse = -inf.
+        A query that sees nothing (length 0, or causal and t too early) has out = 0, lse = -inf.
       latent_dim: C, the leading part of a row that is also the value.
       scale: multiplies the scores. DeepSeek: (P + R) ** -0.5 times YaRN's mscale squared.
-      causal: the T queries are the last T tokens, each blind to those behind it; else all see
-        all lengths[b] tokens.
-      plan: the split of the work over the GPU, from mla_decode_plan for exactly these lengths;
-        None computes it here. One plan serves all layers of a step. "xla" does not use it.
+      causal: the T queries are the last T tokens, and none sees the tokens after it; otherwise all
+        see all lengths[b] tokens.
+      plan: how the work is split over the GPU, from mla_decode_plan for exactly these lengths; None
+        computes it here. One plan serves all layers of a step. "xla" does not use it.
       implementation: None chooses the fastest that can run here; a name insists on it. "mosaic_gpu"
         is for Hopper GPUs, bfloat16 or float16, pages of 64 or 128 tokens, C a multiple of 64 up
         to 512, X - C of 16.
@@ -74,10 +74,11 @@ def mla_decode(
         the host can see it (outside of jit); the message names both with their values.
       NotImplementedError: the named implementation cannot run here; the message says why.
 
-    Works under jit, vmap and shard_map; "mosaic_gpu" takes the elements of a vmap one after the
+    Works under jit, vmap and shard_map; "mosaic_gpu" runs the elements of a vmap one after the
     other, so put requests into B instead.
 
-    Decode needs no gradient, so none is defined: use flash_attention where you differentiate.
+    Decode needs no gradient, so none is defined: use flash_attention where you differentiate. "xla"
+    has forward mode (jax.jvp).
 
     Cost: reads sum(lengths) * X * 2 bytes in bfloat16; 2 * T * N * sum(lengths) * (X + C)
     floating-point operations.
@@ -110,29 +111,30 @@ def _check(q, kv_pages, page_table, lengths, latent_dim, plan):
     B, X = q.shape[0], q.shape[3]
     require(
         min(*q.shape, *kv_pages.shape, *page_table.shape) > 0,
-        f"{op}: a size is 0 in q {q.shape}, kv_pages {kv_pages.shape},"
+        f"{op}: all sizes must be positive, got q {q.shape}, kv_pages {kv_pages.shape},"
         f" page_table {page_table.shape}",
     )
-    require(kv_pages.shape[2] == X, f"{op}: kv_pages has rows of {kv_pages.shape[2]}, q of {X}")
-    require(page_table.shape[0] == B, f"{op}: page_table has batch {page_table.shape[0]}, q {B}")
-    require(lengths.shape[0] == B, f"{op}: lengths has batch {lengths.shape[0]}, q {B}")
+    num_pages, page_size, _ = kv_pages.shape
+    require_shape(op, "kv_pages", kv_pages, (num_pages, page_size, X), f"q {q.shape}")
+    require_shape(op, "page_table", page_table, (B, page_table.shape[1]), f"q {q.shape}")
+    require_shape(op, "lengths", lengths, (B,), f"q {q.shape}")
     require(
         isinstance(latent_dim, int | np.integer),
         f"{op}: latent_dim must be an integer, got {latent_dim!r}",
     )
-    require(0 < latent_dim <= X, f"{op}: latent_dim {latent_dim} is not within 1 and the row's {X}")
+    require(0 < latent_dim <= X, f"{op}: latent_dim must be within 1 and {X}, got {latent_dim}")
     if plan is not None:
         _check_plan(plan, q, kv_pages)
     _check_values(kv_pages, page_table, lengths)
 
 
 def _check_plan(plan, q, kv_pages):
-    for name, found, wanted in (
+    for name, got, want in (
         ("batch", plan.num_splits.shape[0] - 1, q.shape[0]),
         ("page_size", plan.page_size, kv_pages.shape[1]),
         ("num_rows", plan.num_rows, q.shape[1] * q.shape[2]),
     ):
-        require(found == wanted, f"mla_decode: plan has {name} {found}, the arguments {wanted}")
+        require(got == want, f"mla_decode: the plan must have {name} {want}, got {got}")
 
 
 def _check_values(kv_pages, page_table, lengths):
@@ -143,14 +145,14 @@ def _check_values(kv_pages, page_table, lengths):
         return
     require(
         lengths.min() >= 0 and lengths.max() <= max_pages * page_size,
-        f"mla_decode: lengths span {lengths.min()} to {lengths.max()}, allowed are 0 to"
-        f" {max_pages} pages of {page_size}",
+        f"mla_decode: lengths must be within 0 and {max_pages} pages of {page_size}, got"
+        f" {lengths.min()} to {lengths.max()}",
     )
     if (page_table := host_values(page_table)) is None:
         return
     used = page_table[np.arange(max_pages)[None, :] * page_size < lengths[:, None]]
     require(
         used.size == 0 or (used.min() >= 0 and used.max() < num_pages),
-        f"mla_decode: page_table uses pages {used.min(initial=0)} to {used.max(initial=0)},"
-        f" kv_pages has 0 to {num_pages - 1}",
+        f"mla_decode: used pages of page_table must be within 0 and {num_pages - 1}, got"
+        f" {used.min(initial=0)} to {used.max(initial=0)}",
     )

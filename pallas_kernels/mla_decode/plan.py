@@ -1,4 +1,4 @@
-"""The split of one decode step over a GPU: which part of it reads which pages."""
+"""How one decode step is split over a GPU: which part of it reads which pages."""
 
 import dataclasses
 import functools
@@ -17,11 +17,12 @@ REQUEST_OVERHEAD_TOKENS = 320  # starting and finishing a request costs as much 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MLADecodePlan:
-    """Part i reads pages begin_page[i].. of begin_request[i] to ..end_page[i] of end_request[i].
+    """Which pages each part of the GPU reads; a part is one multiprocessor per tile of query rows.
 
-    Requests between the two are read whole. end_request is inclusive, end_page exclusive. A part
-    with begin_request > end_request is idle. A request of length 0 counts as one page, so that some
-    part writes its result.
+    Part i reads from page begin_page[i] of request begin_request[i] up to page end_page[i] of
+    request end_request[i], and all requests between the two. end_request is inclusive, end_page
+    exclusive. A part with begin_request > end_request is idle. A request of length 0 counts as one
+    page, so that some part writes its result.
 
     Fields:
       begin_split: which of the splits of begin_request this part computes.
@@ -44,7 +45,7 @@ class MLADecodePlan:
 
     @property
     def max_splits(self) -> int:
-        """Static bound of num_splits[-1]: the partial results that a step can leave behind."""
+        """Static bound of num_splits[-1]: how many partial results a step can have."""
         return self.num_splits.shape[0] - 1 + self.num_parts
 
 
@@ -57,25 +58,25 @@ def mla_decode_plan(
 ) -> MLADecodePlan:
     """Splits the pages of a batch evenly over the multiprocessors of a GPU.
 
-    Every request costs its pages (one at least) and a fixed overhead. The costs, laid end to end,
-    are cut at multiples of a share, for num_parts = max(num_sms // ceil(num_rows / 64), 1) parts.
-    Starting inside a request costs the overhead once more, so no part costs more than the share
-    and one overhead. The share is ceil(total / num_parts), or up to one overhead more if that makes
-    the largest part smaller, as where it leaves requests whole.
+    Every request costs its pages (at least one) plus a fixed overhead. The costs, laid end to end,
+    are cut every `share`, for num_parts = max(num_sms // ceil(num_rows / 64), 1) parts. Starting
+    inside a request costs the overhead once more, so no part costs more than the share plus one
+    overhead. The share is ceil(total / num_parts), or up to one overhead more if that makes the
+    largest part smaller, for example because it leaves requests whole.
 
-    Depends on lengths alone: compute it once a step, outside of the loop over layers. Jits.
+    Depends on lengths alone: compute it once per step, before the loop over layers. Jits.
 
     Args:
       lengths: tokens in cache of every request.
       num_rows: T * N, query rows that read the same cache.
-      page_size: tokens a page.
-      num_sms: multiprocessors; None asks the default device, and assumes an H200's 132 elsewhere.
+      page_size: tokens per page.
+      num_sms: multiprocessors; None asks the default device, or takes an H200's 132 off GPU.
 
     Raises:
       ValueError: a size is not positive, or a length is negative.
 
-    Cost: O((B + num_parts) log B) on the device, for every share tried (six with pages of 64).
-    Source: tile scheduler of FlashMLA, whose serial walk is a prefix sum and a search here.
+    Cost: O((B + num_parts) log B) on the device for every share tried (six with pages of 64).
+    Source: FlashMLA's tile scheduler, whose serial walk is a prefix sum and a search here.
     """
     op = "mla_decode_plan"
     require_rank(op, lengths=(lengths, 1))
@@ -87,9 +88,9 @@ def mla_decode_plan(
         ("page_size", page_size),
         ("num_sms", num_sms),
     ):
-        require(size > 0, f"{op}: {name} must be positive, found {size}")
+        require(size > 0, f"{op}: {name} must be positive, got {size}")
     if (values := host_values(lengths)) is not None:
-        require(values.min() >= 0, f"{op}: lengths must not be negative, found {values.min()}")
+        require(values.min() >= 0, f"{op}: lengths must not be negative, got {values.min()}")
     num_parts = max(num_sms // -(-num_rows // hardware.WGMMA_ROWS), 1)
     return _plan(jnp.asarray(lengths), num_parts, page_size, num_rows)
 
@@ -100,8 +101,8 @@ def _plan(lengths, num_parts, page_size, num_rows):
     pages = jnp.maximum(-(-lengths.astype(jnp.int32) // page_size), 1)
     end = jnp.cumsum(pages + overhead)
     cut = functools.partial(_cut, pages, end, num_parts=num_parts, overhead=overhead)
-    # A larger share may cut between requests, where a smaller one cuts inside of them. Of equals
-    # the first is taken, and that is the largest: it leaves the fewest splits to combine.
+    # A larger share may cut between requests where a smaller one cuts inside of them. Among equals
+    # argmin takes the first, which is the largest share: it leaves the fewest splits to combine.
     shares = -(-end[-1] // num_parts) + jnp.arange(overhead, -1, -1)
     largest_cost, fields = jax.vmap(cut)(shares)
     best = jnp.argmin(largest_cost)
@@ -112,17 +113,18 @@ def _plan(lengths, num_parts, page_size, num_rows):
 def _cut(pages, end, share, *, num_parts, overhead):
     """Cost of the largest part, and the fields of the plan, when costs are cut every `share`."""
     begin = end - pages - overhead
-    # Page j of request b lies at begin[b] + overhead + j on the line of costs, in part .. // share.
+    # Page j of request b is at begin[b] + overhead + j on the line of costs; its part is that
+    # divided by the share.
     first_part = (begin + overhead) // share
     last_part = (end - 1) // share
     num_splits = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(last_part - first_part + 1)])
 
     cuts = share * jnp.arange(num_parts + 1)
-    request = jnp.searchsorted(end, cuts, side="right").astype(jnp.int32)  # B behind the last one
+    request = jnp.searchsorted(end, cuts, side="right").astype(jnp.int32)  # B after the last one
     inside = jnp.minimum(request, len(pages) - 1)
     page = jnp.where(request < len(pages), jnp.maximum(cuts - begin[inside] - overhead, 0), 0)
     part = jnp.arange(num_parts)
-    # A cut in front of page 0 leaves its request to the next part: this one ends a request earlier.
+    # A cut before page 0 leaves its request to the next part: this one ends a request earlier.
     ends_inside = page[1:] > 0
     end_request = jnp.where(ends_inside, request[1:], request[1:] - 1)
     last_page = pages[jnp.maximum(end_request, 0)]

@@ -7,6 +7,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.mla_decode.plan import MLADecodePlan
 
 # Tokens of every sequence that a step gathers. On a CPU they should stay in a core's cache
 # (measured in NOTES.md); elsewhere a step costs several kernel launches, so there should be few.
@@ -14,7 +17,17 @@ CHUNK_TOKENS_CPU = 128
 CHUNK_TOKENS = 1024
 
 
-def mla_decode_reference(q, kv_pages, page_table, lengths, *, latent_dim, scale, causal, plan):
+def mla_decode_reference(
+    q: Float[Array, "B T N X"],
+    kv_pages: Float[Array, "num_pages page_size X"],
+    page_table: Int[Array, "B max_pages"],
+    lengths: Int[Array, "B"],
+    *,
+    latent_dim: int,
+    scale: float,
+    causal: bool,
+    plan: MLADecodePlan | None,
+) -> tuple[Float[Array, "B T N C"], Float32[Array, "B T N"]]:
     """See `mla_decode`. Gathers a chunk of pages at a time, up to the longest length only."""
     del plan  # how a GPU splits the work; here XLA does
     chunk_tokens = CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
@@ -22,18 +35,27 @@ def mla_decode_reference(q, kv_pages, page_table, lengths, *, latent_dim, scale,
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _decode(q, kv_pages, page_table, lengths, latent_dim, scale, causal, chunk_tokens):
+def _decode(
+    q: Float[Array, "B T N X"],
+    kv_pages: Float[Array, "num_pages page_size X"],
+    page_table: Int[Array, "B max_pages"],
+    lengths: Int[Array, "B"],
+    latent_dim: int,
+    scale: float,
+    causal: bool,
+    chunk_tokens: int,
+) -> tuple[Float[Array, "B T N C"], Float32[Array, "B T N"]]:
     B, T, N, X = q.shape
     page_size, max_pages = kv_pages.shape[1], page_table.shape[1]
-    # int32, for a narrower dtype may not hold the capacity; no more than that, so that no chunk is
-    # read twice, whatever comes.
+    # int32, because a narrower dtype may not hold the capacity. Longer lengths count as all of it,
+    # so that no chunk is read twice.
     lengths = jnp.minimum(jnp.asarray(lengths, jnp.int32), max_pages * page_size)
     chunk_pages = min(max_pages, max(1, chunk_tokens // page_size))
     chunk, num_chunks = chunk_pages * page_size, -(-max_pages // chunk_pages)
     page_table = jnp.pad(page_table, [(0, 0), (0, num_chunks * chunk_pages - max_pages)])
     q_BMX = q.reshape(B, T * N, X)
     hidden_M = jnp.repeat(jnp.arange(T - 1, -1, -1), N) if causal else jnp.zeros(T * N, int)
-    border_BM = lengths[:, None] - hidden_M[None, :]  # a row sees the tokens in front of its border
+    border_BM = lengths[:, None] - hidden_M[None, :]  # a row sees the tokens before its border
 
     def attend(i, state):
         s = i * chunk + jnp.arange(chunk)
@@ -47,7 +69,7 @@ def _decode(q, kv_pages, page_table, lengths, latent_dim, scale, causal, chunk_t
         is_seen_BMS = s[None, None, :] < border_BM[:, :, None]
         return _online_softmax(state, jnp.where(is_seen_BMS, scores_BMS, -jnp.inf), kv_BSX)
 
-    # The first chunk runs outside of the loop: a short cache then needs no loop at all.
+    # The first chunk runs before the loop: a short cache then needs no loop at all.
     state = attend(0, None)
     if num_chunks > 1:
         state = jax.lax.fori_loop(1, -(-jnp.max(lengths) // chunk), attend, state)
@@ -59,7 +81,12 @@ def _decode(q, kv_pages, page_table, lengths, latent_dim, scale, causal, chunk_t
     return out_BMC.reshape(B, T, N, latent_dim).astype(q.dtype), lse_BM.reshape(B, T, N)
 
 
-def _online_softmax(state, scores_BMS, kv_BSX):
+State = tuple[Float32[Array, "B M"], Float32[Array, "B M"], Float32[Array, "B M X"]]
+
+
+def _online_softmax(
+    state: State | None, scores_BMS: Float32[Array, "B M S"], kv_BSX: Float[Array, "B S X"]
+) -> State:
     """Adds a chunk to the running (maximum, sum, output); `state` None is the first chunk."""
     highest_BM = jnp.max(scores_BMS, -1)
     if state is not None:
@@ -67,7 +94,7 @@ def _online_softmax(state, scores_BMS, kv_BSX):
     shift_BM = jnp.where(highest_BM == -jnp.inf, 0, highest_BM)  # -inf - -inf would be NaN
     p_BMS = jnp.exp(scores_BMS - shift_BM[..., None])
     total_BM = jnp.sum(p_BMS, -1)
-    # All X columns: the R rotary ones are wasted, but cutting them off first copies the chunk.
+    # All X columns: the R rotary ones are wasted, but slicing them off first copies the chunk.
     acc_BMX = _einsum("BMS,BSX->BMX", p_BMS.astype(kv_BSX.dtype), kv_BSX)
     if state is not None:
         decay_BM = jnp.exp(state[0] - shift_BM)
@@ -76,5 +103,5 @@ def _online_softmax(state, scores_BMS, kv_BSX):
     return highest_BM, total_BM, acc_BMX
 
 
-def _einsum(subscripts, a, b):
+def _einsum(subscripts: str, a: Array, b: Array) -> Float32[Array, "..."]:
     return jnp.einsum(subscripts, a, b, precision="highest", preferred_element_type=jnp.float32)

@@ -61,7 +61,7 @@ class Workload:
         return arrays
 
     def function(self, implementation: dispatch.Name | None):
-        """What the benchmark times: the whole op, with the merge of what it split."""
+        """What the benchmark times: the whole op, including the merge of split requests."""
 
         def run(q, kv_pages, page_table, lengths, plan):
             return mla_decode(
@@ -79,7 +79,7 @@ class Workload:
 
     @property
     def flops(self) -> int:
-        """FlashMLA's count, without a discount for what causal hides."""
+        """FlashMLA's count, in which keys hidden by causality count too."""
         return 2 * self.T * self.N * int(self.lengths().sum()) * (2 * self.C + self.R)
 
     @property

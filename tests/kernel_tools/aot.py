@@ -33,11 +33,12 @@ from unittest import mock
 
 import jax
 
+from pallas_kernels.hardware import SM90_SHARED_MEMORY_BYTES
+
 # Read when JAX looks for plugins, at the first use of a backend: the check asks for cuDNN and other
 # libraries that only running needs.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
-SHARED_MEMORY_BYTES = 227 * 1024  # that one block of an H200 may use
 PLUGIN = "jax_plugins.xla_cuda13"
 INSTRUCTION = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<operands>.*)$"
@@ -81,7 +82,7 @@ class Instructions(collections.Counter[str]):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledKernel:
-    """Figures of one kernel; bytes are a block's for shared memory and a thread's for spills."""
+    """Figures of one kernel; shared memory is per CTA, spills are per thread."""
 
     name: str
     grid: tuple[int, ...]
@@ -92,29 +93,29 @@ class CompiledKernel:
     spill_store_bytes: int
     spill_load_bytes: int
     stack_bytes: int
-    serialized: tuple[str, ...]  # ptxas's messages C7510, C7511, C7512: wgmma that waits at once
+    serialized: tuple[str, ...]  # ptxas's messages C7510, C7511, C7512: each wgmma is waited for
     injected: tuple[str, ...]  # C7517, C7519: waits and fences that ptxas added around wgmma
     instructions: Instructions
-    loops: tuple[Instructions, ...]  # the shortest first; an outer loop counts its inner ones too
+    loops: tuple[Instructions, ...]  # shortest first; an outer loop includes its inner ones
     sass: str = dataclasses.field(repr=False)
 
     def loop(self, opcode: str) -> Instructions:
-        """The shortest loop with an opcode that begins so: "HGMMA" finds a consumer's."""
+        """The shortest loop that has an opcode with this beginning: "HGMMA" finds a consumer's."""
         return next(loop for loop in self.loops if loop.of(opcode))
 
     def problems(self) -> list[str]:
-        """What makes a kernel unfit to ship, a sentence each."""
+        """What makes a kernel unfit to ship, one sentence each."""
         found = []
         if self.spill_store_bytes or self.spill_load_bytes:
             found.append(
-                f"spills {self.spill_store_bytes} bytes, reloads {self.spill_load_bytes}, a thread"
+                f"spills {self.spill_store_bytes} bytes per thread, reloads {self.spill_load_bytes}"
             )
         if self.serialized:
             found.append(f"wgmma serialised: {self.serialized[0]}")
-        if self.shared_memory_bytes > SHARED_MEMORY_BYTES:
+        if self.shared_memory_bytes > SM90_SHARED_MEMORY_BYTES:
             found.append(
-                f"needs {self.shared_memory_bytes} bytes of shared memory, {SHARED_MEMORY_BYTES}"
-                " are there"
+                f"shared memory must be at most {SM90_SHARED_MEMORY_BYTES} bytes, got"
+                f" {self.shared_memory_bytes}"
             )
         return found
 
@@ -138,7 +139,7 @@ class CompiledKernel:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """A jitted function: its Mosaic GPU kernels in order of compilation, and its buffers."""
+    """A compiled function: its Mosaic GPU kernels in order of compilation, and its buffers."""
 
     kernels: tuple[CompiledKernel, ...]
     temp_bytes: int
@@ -173,7 +174,7 @@ def compile_sm90a(function, *shapes) -> CompiledProgram:
     """Compiles `jax.jit(function)` for one H200.
 
     Args:
-      function: calls Mosaic GPU kernels, directly: ops refuse them where no GPU is.
+      function: calls Mosaic GPU kernels directly, because ops refuse them where there is no GPU.
       *shapes: arguments, as jax.ShapeDtypeStruct or arrays whose values do not matter.
 
     Raises:
@@ -206,7 +207,7 @@ def compile_sm90a(function, *shapes) -> CompiledProgram:
 
 @functools.cache
 def h200_devices(count: int, *, hosts: int = 1) -> list[jax.Device]:
-    """H200s that no machine has, for meshes of programs that are compiled and never run."""
+    """Devices that describe H200s, for meshes of programs that are compiled and never run."""
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
@@ -257,7 +258,7 @@ def _launches() -> Iterator[dict[str, list[dict]]]:
 
 @contextlib.contextmanager
 def _dumped() -> Iterator[list[str]]:
-    """What Mosaic GPU's compiler prints meanwhile: ptxas's log and the SASS of every kernel."""
+    """Captures what Mosaic GPU's compiler prints: ptxas's log and the SASS of every kernel."""
     from jax.experimental.mosaic.gpu import core
 
     del core  # importing it sets MOSAIC_GPU_CUDA_ROOT
@@ -282,7 +283,7 @@ def _dumped() -> Iterator[list[str]]:
 
 
 def _parse(output: str, launches: dict[str, list[dict]]) -> tuple[CompiledKernel, ...]:
-    """Kernels in `output`; the nth kernel of a name belongs to the nth launch of that name."""
+    """Kernels in `output`; the nth kernel with some name belongs to the nth launch of that name."""
     kernels, seen = [], collections.Counter()
     log_then_sass = r"((?:^ptxas.*\n|^    \d+ bytes.*\n)+)((?:^(?!ptxas).*\n?)*)"
     for log, sass in re.findall(log_then_sass, output, re.MULTILINE):
@@ -348,7 +349,7 @@ def _successors(i: int, block: list[re.Match], labels: dict[str, int]) -> list[i
 
 
 def _natural_loops(successors: list[list[int]]) -> list[set[int]]:
-    """Blocks of every loop, one a header: what reaches a jump back to a block that dominates it."""
+    """Blocks of every loop: what reaches a jump back to a header that dominates it."""
     everything = set(range(len(successors)))
     successors = [[s for s in out if s in everything] for out in successors]
     predecessors = {i: [j for j, out in enumerate(successors) if i in out] for i in everything}

@@ -1,4 +1,4 @@
-"""FlashMLA's test of dense decode: its shapes, its poison, its bounds, against float32.
+"""FlashMLA's test of dense decode: its shapes, poison and bounds, against float32.
 
     for data in DATA:
         check_decode(decode, Case(B=6, T=2, N=63), data)     # raises AssertionError
@@ -16,15 +16,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kernel_tools.cases import GARBAGE
 
-GARBAGE = 2147480000  # in entries of the page table behind the last used page
 OUT_ABSOLUTE, OUT_RELATIVE, OUT_COSINE = 8e-4, 2.01 / 128, 5e-6
 LSE_ABSOLUTE, LSE_RELATIVE = 1e-6, 8.01 / 65536
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a program is compiled for."""
+    """What one program is compiled for; Data are its lengths, many per program."""
 
     B: int
     T: int
@@ -34,9 +34,9 @@ class Case:
     C: int = 512
     R: int = 64
     page_size: int = 64
-    capacity: int = 8192  # tokens that a request's row of the page table has room for
-    num_sms: int | None = None  # that the plan is for; None is the device's
-    filled_rows: int = 512  # T * N is filled up to it for the reference: few programs to compile
+    capacity: int = 8192  # tokens that a row of the page table has room for
+    num_sms: int | None = None  # multiprocessors that the plan is for; None is the device's
+    filled_rows: int = 512  # the reference pads T * N to it, so that few programs are compiled
 
     def __str__(self) -> str:
         causal = "causal" if self.causal else "full"
@@ -46,7 +46,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Lengths of a batch: all S, or drawn from normal(S, S / 2); every other one 0 on demand."""
+    """Lengths of a batch: all S, or drawn from normal(S, S / 2); about half of them 0 on demand."""
 
     S: int
     is_ragged: bool
@@ -93,7 +93,7 @@ def check_decode(decode: Callable[[Arrays, Case], tuple], case: Case, data: Data
 
 
 def make_arrays(case: Case, data: Data, seed: int = 0) -> tuple[Arrays, np.ndarray]:
-    """Shuffled pages, NaN wherever no request has a token, and the border of every query."""
+    """Shuffled pages with NaN wherever no request has a token, and each query's border."""
     rng = np.random.default_rng(seed)
     lengths, max_pages = data.lengths(case, rng), case.capacity // case.page_size
     table = rng.permutation(case.B * max_pages).reshape(case.B, max_pages)

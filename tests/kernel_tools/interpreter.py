@@ -1,4 +1,4 @@
-"""Runs Mosaic GPU kernels on a CPU, a thread per warpgroup, and fails on data races.
+"""Runs Mosaic GPU kernels on a CPU, one thread per warpgroup, and fails on data races.
 
     @pytest.mark.kernel_sim
     def test_decode(rng):
@@ -7,13 +7,13 @@
     with simulate():                                       # the same for several calls
         out = jax.block_until_ready(decode(q, kv_pages, page_table, lengths))
 
-Every `plgpu.kernel` traced inside runs in JAX's GPU interpreter with race detection, shared memory
-full of NaN at first, and the gaps of `interpreter_gaps.py` closed. Races, out-of-range indices,
-wrong barrier counts and kernels that hang (`seconds` without an end) raise.
+Every `plgpu.kernel` traced inside runs in JAX's GPU interpreter with race detection, with shared
+memory full of NaN at first, and with the gaps of `interpreter_gaps.py` closed. Races, out-of-range
+indices, wrong barrier counts and kernels that hang (no end after `seconds`) raise.
 
 What it cannot see: blocks of a grid run one after another, so a race between blocks may go
-unnoticed; register operands of wgmma are read at once; layouts, register counts and shared memory
-limits do not exist (`aot.py` has those). About 50 block-steps are a few seconds.
+unnoticed; register operands of wgmma are read at once; there are no layouts, register counts or
+limits of shared memory (`aot.py` has those). About 50 block-steps take a few seconds.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import jax
 
 
 class RaceError(AssertionError):
-    """Two threads of a kernel touched the same memory in no defined order."""
+    """Two threads of a kernel accessed the same memory in no defined order."""
 
 
 def why_not() -> str | None:
@@ -42,7 +42,7 @@ def simulate(*, seconds: float = 300) -> Iterator[None]:
     """Interprets every Mosaic GPU kernel called inside; RaceError names the lines that race.
 
     Args:
-      seconds: what takes longer is taken to hang, and fails.
+      seconds: a kernel that takes longer counts as hanging, and fails.
     """
     from kernel_tools import interpreter_gaps as gaps  # heavy
 
@@ -51,7 +51,7 @@ def simulate(*, seconds: float = 300) -> Iterator[None]:
     def watch() -> None:
         if not has_ended.wait(seconds):
             gaps.fail_all_threads(f"no end after {seconds} s")
-            while not has_ended.wait(1):  # the kernels behind it
+            while not has_ended.wait(1):  # the kernels after it
                 gaps.fail_all_threads(f"no end after {seconds} s")
 
     gaps.reset_gpu_interpret_mode_state()

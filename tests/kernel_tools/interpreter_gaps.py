@@ -1,4 +1,4 @@
-"""What the GPU interpreter of jax 0.11.2 and 0.12.0 lacks for our kernels, one function a gap.
+"""What the GPU interpreter of jax 0.11.2 and 0.12.0 lacks for our kernels, one function per gap.
 
 Private APIs, for tests only. `closed()` patches them in; `interpret` sends the primitives of GAPS
 here and leaves every other equation to JAX.
@@ -36,8 +36,8 @@ from jax._src.state.types import AbstractRef
 from kernel_tools import interpreter_sums
 from kernel_tools.interpreter_call import call_on_host
 
-# Each asynchronous operation takes the next of these places in the vector clocks; two that share
-# one can hide each other's races.
+# Each asynchronous operation takes the next of these places in the vector clocks; two operations
+# that share one can hide each other's races.
 PARAMETERS = InterpretGPUParams(detect_races=True, num_tma_threads_per_device=64)
 REGS = gpu_core.MemorySpace.REGS
 
@@ -247,7 +247,7 @@ def _multiply(memory, thread, logging, *, refs, registers, source_info):
             gpu_callbacks.get_races().check_read(
                 thread, clock.async_smem_clock.copy(), keys[name], accesses[name], source_info
             )
-    with np.errstate(invalid="ignore"):  # keys behind a length may be NaN: they are masked after
+    with np.errstate(invalid="ignore"):  # keys past a length may be NaN: they are masked later
         product = np.matmul(operands["a"], operands["b"], dtype=operands["acc"].dtype)
     memory.store_buffer_content(
         keys["acc"], accesses["acc"], operands["acc"] + product, thread, logging_info=logging

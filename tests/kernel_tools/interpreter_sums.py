@@ -19,7 +19,7 @@ ADDITION = threading.Lock()  # held from the load to the store of a sum
 
 
 class RaceState(gpu_race_detection_state.GPURaceDetectionState):
-    """Sums of the same memory do not race with each other, but with reads and writes."""
+    """Sums in the same memory race with reads and writes, but not with each other."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -126,7 +126,7 @@ def test_two_kernels_and_a_buffer_between_them(plgpu, pl):
 @pytest.mark.kernel_aot
 def test_planted_spill_is_reported(plgpu, pl):
     def multiply(a_smem, b_smem):
-        def body(left, right):  # 64 x 512 sums of one warpgroup are 256 registers of a thread
+        def body(left, right):  # 64 x 512 sums of one warpgroup are 256 registers per thread
             plgpu.wgmma(left, a_smem, b_smem)
             plgpu.wgmma(right, a_smem, b_smem)
             return left[...] * right[...]

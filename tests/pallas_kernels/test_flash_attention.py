@@ -17,7 +17,7 @@ from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention.reference import block_sizes, flash_attention_reference
 from pallas_kernels.flash_attention.workloads import QUICK, WORKLOADS
 
-MANY_BLOCKS = 1  # scores a block: the smallest, 32 queries and 32 keys
+MANY_BLOCKS = 1  # scores per block: the smallest, of 32 queries and 32 keys
 
 
 def inputs(rng, B, T, S, N, G, K, H, dtype="float32"):
@@ -32,16 +32,12 @@ def in_blocks(q, k, v, *, block_scores, scale=None, **options):
     """`flash_attention` with blocks as small as a short test needs; None is the public function."""
     if block_scores is None:
         return flash_attention(q, k, v, scale=scale, **options)
-    defaults = {
-        "causal": True,
-        "segment_ids": None,
-        "lengths": None,
-        "return_lse": False,
-        "deterministic": False,
-    }
+    defaults = {"causal": True, "segment_ids": None, "lengths": None, "deterministic": False}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return_lse = options.pop("return_lse", False)
     options = defaults | options | {"scale": scale, "block_scores": block_scores}
-    return flash_attention_reference(q, k, v, **options)
+    out, lse = flash_attention_reference(q, k, v, **options)
+    return (out, lse) if return_lse else out
 
 
 def visible(B, T, S, causal=True, segment_ids=None, lengths=None):
@@ -355,32 +351,50 @@ Q, K, V = (2, 4, 4, 8), (2, 6, 2, 8), (2, 6, 2, 5)
 @pytest.mark.parametrize(
     ("q", "k", "v", "options", "message"),
     [
-        (Q[1:], K, V, {}, r"q has shape \(4, 4, 8\).*rank 4"),
-        (Q, (2, 6, 2, 7), V, {}, r"k has shape \(2, 6, 2, 7\).*\(2, 6, 2, 8\)"),
-        (Q, (3, 6, 2, 8), (3, 6, 2, 5), {}, r"batch 3, q has 2|\(3, 6, 2, 8\)"),
-        (Q, (2, 6, 3, 8), (2, 6, 3, 5), {}, "4 query heads are not a multiple of 3"),
-        ((2, 7, 4, 8), K, V, {}, "causal attention of 7 queries to only 6 keys"),
+        (Q[1:], K, V, {}, r"q must have rank 4, got shape \(4, 4, 8\)"),
+        (Q, (2, 6, 2, 7), V, {}, r"k must have shape \(2, 6, 2, 8\) for .*, got \(2, 6, 2, 7\)"),
+        (
+            Q,
+            (3, 6, 2, 8),
+            (3, 6, 2, 5),
+            {},
+            r"must have shape \(2, 6, 2, 8\) for .*, got \(3, 6, 2, 8\)",
+        ),
+        (Q, (2, 6, 3, 8), (2, 6, 3, 5), {}, "multiple of the 3 key heads, got 4"),
+        ((2, 7, 4, 8), K, V, {}, "causal queries must be at most the 6 keys, got 7"),
         (
             Q,
             K,
             V,
             {"segment_ids": np.zeros((2, 4), int)},
-            r"segment_ids has shape \(2, 4\).*\(2, 6\)",
+            r"segment_ids must have shape \(2, 6\).*, got \(2, 4\)",
         ),
-        (Q, K, V, {"segment_ids": np.zeros((2, 6))}, "segment_ids has dtype float64"),
+        (
+            Q,
+            K,
+            V,
+            {"segment_ids": np.zeros((2, 6))},
+            "segment_ids must have an integer dtype, got float64",
+        ),
         (
             Q,
             K,
             V,
             {"segment_ids": np.array([[0, 2**32] * 3] * 2)},
-            "span 0 to 4294967296, more than 32 bits",
+            "must fit into 32 bits, got 0 to 4294967296",
         ),
         (Q, K, V, {"segment_ids": [[0] * 6] * 2}, "segment_ids must be an array, got list"),
         (Q, K, V, {"lengths": [1, 2]}, "lengths must be an array, got list"),
-        (Q, K, V, {"lengths": np.array([1, 2, 3])}, r"lengths has shape \(3,\).*\(2,\)"),
-        (Q, K, V, {"lengths": np.array([1, 7])}, "lengths span 1 to 7, allowed are 0 to 6"),
-        (Q, K, V, {"lengths": np.array([-1, 6])}, "lengths span -1 to 6"),
-        ((2, 0, 4, 8), K, V, {}, "no size may be 0"),
+        (
+            Q,
+            K,
+            V,
+            {"lengths": np.array([1, 2, 3])},
+            r"lengths must have shape \(2,\).*, got \(3,\)",
+        ),
+        (Q, K, V, {"lengths": np.array([1, 7])}, "lengths must be within 0 and 6, got 1 to 7"),
+        (Q, K, V, {"lengths": np.array([-1, 6])}, "within 0 and 6, got -1 to 6"),
+        ((2, 0, 4, 8), K, V, {}, "all sizes must be positive"),
     ],
 )
 def test_bad_input_is_refused(q, k, v, options, message):
@@ -390,7 +404,7 @@ def test_bad_input_is_refused(q, k, v, options, message):
 
 def test_mixed_dtypes_are_refused():
     q, k = jnp.zeros(Q), jnp.zeros(K, jnp.bfloat16)
-    with pytest.raises(ValueError, match="k has dtype bfloat16, but q has float32"):
+    with pytest.raises(ValueError, match="k must have q's dtype float32, got bfloat16"):
         flash_attention(q, k, jnp.zeros(V))
 
 

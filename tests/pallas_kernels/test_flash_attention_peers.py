@@ -138,7 +138,7 @@ def test_packed_documents_lower_for_cudnn(monkeypatch, name, K, is_backward):
 
 
 def test_places_of_packed_documents_in_memory(monkeypatch):
-    """What JAX makes of them: numbers in front of each document, all sequences behind another."""
+    """What JAX makes of them: tokens before each document, all sequences one after another."""
     workload, given = packed(16, 16), {}
     monkeypatch.setattr(fused, "dot_product_attention", lambda *x, **options: given.update(options))
     q, k, v, _ = workload.arrays()

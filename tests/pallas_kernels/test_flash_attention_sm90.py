@@ -4,19 +4,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from kernel_tools import flash_attention_matrix as matrix
 from kernel_tools.aot import compile_sm90a, lower_for_cuda
+from kernel_tools.cases import AttentionCase as Case
 from kernel_tools.interpreter import run_simulated
-from numerics import assert_close, normal, poison
+from numerics import normal
 
 from pallas_kernels import dispatch, flash_attention, hardware
 from pallas_kernels.accuracy import errors
 from pallas_kernels.flash_attention.api import IMPLEMENTATIONS
-from pallas_kernels.flash_attention.reference import flash_attention_reference
 from pallas_kernels.flash_attention.sm90.config import (
     BACKWARD,
     FORWARD,
@@ -33,116 +32,73 @@ FUSED_KERNEL = "flash_attention_backward" if jax.__version_info__ >= (0, 11) els
 HEADS = [f"{K}/{H}" for K, H in HEAD_SIZES]
 MODES = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fused"])
 
-# Of segments as they come: ids in no order, one that returns, and how many positions have it.
+# Ids in no order, one of which returns.
 UNSORTED = ((7, 30), (-2, 40), (1000, 20), (7, 40))
-# B, T, S, N, G, K, H, dtype, options, number of CTAs; what a name says is what the case adds
-CASES = {
-    "causal-odd": (1, 133, 133, 1, 1, 64, 64, "bfloat16", {}, NUM_SMS),
-    "T<S-gqa-lengths-persistent": (
-        3, 70, 261, 2, 1, 64, 64, "bfloat16", {"lengths": [70, 0, 261]}, 2,
+ONE_HEAD = functools.partial(Case, B=1, N=1, G=1, K=64, H=64)
+# Small enough for the simulator; gradients in two kernels, and in one.
+CASES = [
+    *(
+        ONE_HEAD(133, deterministic=deterministic, num_sms=num_sms)
+        for deterministic, num_sms in ((True, NUM_SMS), (False, 1))
     ),
-    "segments-192/128": (1, 72, 264, 2, 2, 192, 128, "bfloat16", {"segment_ids": 3}, NUM_SMS),
-    "full-T>S-float16": (1, 200, 130, 1, 1, 128, 128, "float16", {"causal": False}, NUM_SMS),
-    "all-masks-256/256": (
-        1, 64, 192, 1, 1, 256, 256, "bfloat16", {"segment_ids": 2, "lengths": [180]}, NUM_SMS,
+    Case(261, T=70, B=3, G=1, K=64, H=64, lengths=(70, 0, 261), deterministic=True, num_sms=2),
+    Case(264, T=72, B=1, K=192, num_documents=3, deterministic=True, num_sms=NUM_SMS),
+    ONE_HEAD(192, T=64, K=256, H=256, num_documents=2, lengths=(180,), num_sms=NUM_SMS),
+    Case(200, T=70, G=1, K=192, num_documents=2, lengths=(190, 0), num_sms=2),
+    *(
+        ONE_HEAD(
+            130, T=200, K=128, H=128, causal=False, dtype="float16", deterministic=deterministic,
+            num_sms=num_sms,
+        )
+        for deterministic, num_sms in ((True, NUM_SMS), (False, 2))
     ),
-    "fused-causal-odd-persistent": (1, 133, 133, 1, 1, 64, 64, "bfloat16", {}, 1),
-    "fused-all-masks-T<S-gqa-192/128": (
-        2, 70, 200, 2, 1, 192, 128, "bfloat16", {"segment_ids": 2, "lengths": [190, 0]}, 2,
+    # Four query heads share a key head, and are split among CTAs.
+    ONE_HEAD(130, N=4, documents=UNSORTED, deterministic=True, num_sms=4),
+    ONE_HEAD(130, N=4, documents=UNSORTED, lengths=(129,), num_sms=4),
+    *(
+        ONE_HEAD(
+            136, T=T, scale=7.0, dtype="float16", deterministic=deterministic, num_sms=NUM_SMS
+        )
+        for deterministic, T in ((True, 72), (False, 128))
     ),
-    "fused-full-T>S-float16": (1, 200, 130, 1, 1, 128, 128, "float16", {"causal": False}, 2),
-    "ids-in-any-order-groups-in-parts": (
-        1, 130, 130, 4, 1, 64, 64, "bfloat16", {"segment_ids": UNSORTED}, 4,
-    ),
-    "fused-ids-in-any-order-lengths-groups-in-parts": (
-        1, 130, 130, 4, 1, 64, 64, "bfloat16", {"segment_ids": UNSORTED, "lengths": [129]}, 4,
-    ),
-    "float16-large-scores": (1, 72, 136, 1, 1, 64, 64, "float16", {"scale": 7.0}, NUM_SMS),
-    "fused-float16-large-scores": (1, 128, 136, 1, 1, 64, 64, "float16", {"scale": 7.0}, NUM_SMS),
-}  # fmt: skip
+]  # fmt: skip
 
 
-def inputs(rng, B, T, S, N, G, K, H, dtype):
-    shapes = (B, T, N, K), (B, S, G, K), (B, S, G, H), (B, T, N, H)
-    return [normal(rng, shape, dtype) for shape in shapes]
-
-
-def case(rng, name):
-    """q, k, v and the cotangent of out; the op's options; how many CTAs share the work."""
-    *sizes, dtype, options, num_ctas = CASES[name]
-    B, _, S = sizes[:3]
-    options = {"causal": True, "scale": 0.11, "segment_ids": None, "lengths": None} | options
-    options["deterministic"] = not name.startswith("fused")
-    if options["segment_ids"] == UNSORTED:
-        options["segment_ids"] = np.tile(np.repeat(*np.array(UNSORTED, np.int32).T), (B, 1))
-    elif options["segment_ids"]:
-        ids = rng.integers(0, options["segment_ids"], (B, S))
-        options["segment_ids"] = np.sort(ids, axis=1).astype(np.int32)
-    if options["lengths"]:
-        options["lengths"] = np.asarray(options["lengths"], np.int32)
-    return inputs(rng, *sizes, dtype), options, num_ctas
-
-
-def everything(attend, q, k, v, dout):
-    """out, lse, dq, dk, dv; the gradients through out and through lse."""
-
-    def both(q, k, v):
-        return attend(q, k, v, return_lse=True)
-
-    (out, lse), transpose = jax.vjp(both, q, k, v)
-    dlse = jnp.sin(jnp.where(lse == -jnp.inf, jnp.nan, lse))  # NaN where a caller's log makes it
-    return out, lse, *transpose((dout, dlse))
-
-
-def assert_as_accurate_as_xla(got, xla, want, name=""):
-    """Against float32 on the same inputs: 2 times the error of the XLA path, 3 for gradients."""
-    names = ("out", "lse", "dq", "dk", "dv")
-    results = (dict(zip(names, results, strict=True)) for results in (got, xla, want))
-    matrix.assert_accurate(*results, name)
+def kernels(case):
+    """The Hopper kernels without the dispatcher, which refuses them where no GPU is."""
+    scale = case.K**-0.5 if case.scale is None else case.scale
+    return lambda *qkv, **options: flash_attention_sm90(
+        *qkv, **options | {"scale": scale}, num_sms=case.num_sms
+    )
 
 
 @pytest.mark.kernel_sim
-@pytest.mark.parametrize("name", CASES)
-def test_simulated_equals_reference(rng, name):
-    arrays, options, num_ctas = case(rng, name)
-    reference = functools.partial(flash_attention_reference, **options)
-    want = everything(reference, *(x.astype(jnp.float32) for x in arrays))
-    xla = everything(reference, *arrays)
-    if options["lengths"] is not None:
-        is_past = np.arange(arrays[1].shape[1]) >= options["lengths"][:, None]
-        arrays[1:3] = [poison(x, is_past) for x in arrays[1:3]]
-    kernels = functools.partial(flash_attention_sm90, **options, num_sms=num_ctas)
-    got = run_simulated(functools.partial(everything, kernels), *arrays)
-    assert_as_accurate_as_xla(got, xla, want)
-
-
-@pytest.mark.kernel_sim
-def test_simulated_under_vmap(rng):
-    q, k, v, _ = inputs(rng, 2, 64, 128, 1, 1, 64, 64, "bfloat16")
-    options = {"causal": True, "scale": 0.1, "segment_ids": None, "lengths": None}
-    options |= {"return_lse": False, "deterministic": False}
-    kernels = functools.partial(flash_attention_sm90, **options)
-    got = run_simulated(jax.vmap(kernels), q[:, None], k[:, None], v[:, None])
-    assert_close(got[:, 0], flash_attention_reference(q, k, v, **options))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_simulated_equals_reference(case):
+    matrix.check_attention(kernels(case), case, run=run_simulated)
 
 
 @MODES
 @pytest.mark.kernel_sim
-def test_simulated_gradients_under_vmap(rng, deterministic):
+def test_simulated_under_vmap(deterministic):
     """Two requests of different lengths; the sum of dq starts from zeros in each."""
-    arrays = inputs(rng, 2, 128, 128, 1, 1, 64, 64, "bfloat16")
-    lengths = np.array([128, 70], np.int32)
-    options = {"causal": True, "scale": 0.1, "segment_ids": None, "deterministic": deterministic}
-    reference = functools.partial(flash_attention_reference, **options, lengths=lengths)
-    want = everything(reference, *(x.astype(jnp.float32) for x in arrays))
-    xla = everything(reference, *arrays)
+    case = Case(
+        128, N=1, G=1, K=64, H=64, lengths=(128, 70), deterministic=deterministic, num_sms=1
+    )
 
-    def run(lengths, *arrays):
-        attend = functools.partial(flash_attention_sm90, **options, lengths=lengths, num_sms=1)
-        return everything(attend, *arrays)
+    def run(_, *arrays):
+        """Differentiates each request as a batch of its own."""
+        options = case.options()
+        lengths = options.pop("lengths")
 
-    got = run_simulated(jax.vmap(run), lengths[:, None], *(x[:, None] for x in arrays))
-    assert_as_accurate_as_xla([x[:, 0] for x in got], xla, want)
+        def one(lengths, *arrays):
+            forward = functools.partial(kernels(case), lengths=lengths)
+            return matrix.attend(forward, options, *arrays, lambda f, *args: f(*args))
+
+        expanded = jax.tree.map(lambda x: x[:, None], (lengths, *arrays))
+        return jax.tree.map(lambda x: x[:, 0], run_simulated(jax.vmap(one), *expanded))
+
+    matrix.check_attention(kernels(case), case, run=run)
 
 
 def shapes(K, H, *, B=1, T=4096, S=4096, N=16, G=16, dtype="bfloat16"):
@@ -150,14 +106,15 @@ def shapes(K, H, *, B=1, T=4096, S=4096, N=16, G=16, dtype="bfloat16"):
     return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
 
 
-def with_masks(deterministic=True, num_sms=NUM_SMS):
-    """A function of q, k, v, dout, segment_ids and lengths, either of them None."""
+def with_gradients(deterministic=True, num_sms=NUM_SMS):
+    """out, lse, dq, dk, dv as a function of q, k, v, dout, segment_ids and lengths, or None."""
     options = {"causal": True, "scale": 0.1, "deterministic": deterministic, "num_sms": num_sms}
 
     def run(q, k, v, dout, segment_ids=None, lengths=None):
         masks = {"segment_ids": segment_ids, "lengths": lengths}
         attend = functools.partial(flash_attention_sm90, **options, **masks)
-        return everything(attend, q, k, v, dout)
+        (out, lse), pull_back = jax.vjp(attend, q, k, v)
+        return out, lse, *pull_back((dout, jnp.sin(lse)))
 
     return run
 
@@ -171,7 +128,7 @@ def masks(B, S):
 def test_lowers_for_cuda(K, H, deterministic):
     """Layouts, TMA limits and shared memory, on every supported JAX."""
     arrays = *shapes(K, H, B=2, T=133, S=261, G=4), *masks(2, 261)
-    text = lower_for_cuda(with_masks(deterministic), *arrays)
+    text = lower_for_cuda(with_gradients(deterministic), *arrays)
     is_fused = not deterministic and (K, H) in FUSED
     assert "flash_attention_forward" in text
     assert ("flash_attention_dq" in text) != is_fused
@@ -180,7 +137,7 @@ def test_lowers_for_cuda(K, H, deterministic):
 
 @MODES
 def test_lowers_under_vmap_and_shard_map(deterministic):
-    grad = with_masks(deterministic)
+    grad = with_gradients(deterministic)
     arrays = shapes(64, 64, B=8, T=256, S=256, N=2, G=2)
     batched = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in arrays]
     texts = [lower_for_cuda(jax.vmap(grad), *batched)]
@@ -205,12 +162,12 @@ def test_named_implementation_is_used(monkeypatch):
 @pytest.mark.parametrize(
     "arrays, scale, reason",
     [
-        (shapes(48, 32), 1.0, r"head sizes .* found \(48, 32\)"),
-        (shapes(128, 64), 1.0, r"head sizes .* found \(128, 64\)"),
-        (shapes(64, 64, dtype="float32"), 1.0, "bfloat16 or float16, found float32"),
-        (shapes(64, 64), -1.0, "positive scale.* found -1.0"),
-        (shapes(64, 64), 1e-39, "at least 1e-30, found 1e-39"),
-        (shapes(64, 64), float("nan"), "at least 1e-30, found nan"),
+        (shapes(48, 32), 1.0, r"head sizes .* got \(48, 32\)"),
+        (shapes(128, 64), 1.0, r"head sizes .* got \(128, 64\)"),
+        (shapes(64, 64, dtype="float32"), 1.0, r"the dtype must be one of .*, got float32"),
+        (shapes(64, 64), -1.0, "scale must be at least 1e-30, got -1.0"),
+        (shapes(64, 64), 1e-39, "at least 1e-30, got 1e-39"),
+        (shapes(64, 64), float("nan"), "at least 1e-30, got nan"),
         (shapes(64, 64), 1.0, "NVIDIA GPU of compute capability 9.0"),
     ],
     ids=["head-sizes", "narrow-v", "float32", "scale", "tiny-scale", "nan-scale", "no-gpu"],
@@ -234,7 +191,7 @@ def tensor_clocks(loop):
 def test_compiles_for_hopper(K, H, is_masked):
     """No spills, no serialised wgmma, and no product computed that need not be."""
     program = compile_sm90a(
-        with_masks(), *shapes(K, H, G=4), *(masks(1, 4096) if is_masked else ())
+        with_gradients(), *shapes(K, H, G=4), *(masks(1, 4096) if is_masked else ())
     )
     clocks = {}
     for kernel in program.kernels:
@@ -285,10 +242,10 @@ def test_fused_gradients_compile_for_hopper(K, H, dtype, is_masked):
 
 @MODES
 @pytest.mark.kernel_aot
-def test_groups_in_parts_compile_for_hopper(deterministic):
-    """16 query heads share 16 tiles of keys: 8 parts of 2 heads make 128 tiles of them."""
+def test_split_groups_compile_for_hopper(deterministic):
+    """16 query heads share 16 tiles of keys: 8 splits of 2 heads make 128 tiles of them."""
     arrays = *shapes(192, 128, T=2048, S=2048, G=1), *masks(1, 2048)
-    kernels = compile_sm90a(with_masks(deterministic, NUM_SMS), *arrays).kernels
+    kernels = compile_sm90a(with_gradients(deterministic, NUM_SMS), *arrays).kernels
     grids = {kernel.name: kernel.grid[0] for kernel in kernels}
     assert grids[KERNELS[2] if deterministic else FUSED_KERNEL] == 128
     for kernel in kernels:
@@ -302,15 +259,15 @@ def test_lengths_cost_no_copy_of_the_keys():
 
     def run(q, k, v, lengths):
         options = {"causal": True, "scale": 0.1, "segment_ids": None, "deterministic": False}
-        options |= {"lengths": lengths, "return_lse": False, "num_sms": NUM_SMS}
-        return flash_attention_sm90(q, k, v, **options)
+        options |= {"lengths": lengths, "num_sms": NUM_SMS}
+        return flash_attention_sm90(q, k, v, **options)[0]
 
     assert compile_sm90a(run, q, k, v, masks(1, 32768)[1]).temp_bytes < 4e6
 
 
 @pytest.mark.kernel_aot
 def test_float16_compiles_for_hopper():
-    kernels = compile_sm90a(with_masks(), *shapes(192, 128, dtype="float16")).kernels
+    kernels = compile_sm90a(with_gradients(), *shapes(192, 128, dtype="float16")).kernels
     assert {kernel.name for kernel in kernels} == set(KERNELS)
     for kernel in kernels:
         kernel.check()
@@ -322,7 +279,7 @@ def test_memory_grows_with_the_length(deterministic):
     """At 32k tokens the scores of one head would be 2 GB in bfloat16."""
 
     def run(q, k, v, dout):
-        return with_masks(deterministic)(q, k, v, dout)[2:]
+        return with_gradients(deterministic)(q, k, v, dout)[2:]
 
     half, whole = (
         compile_sm90a(run, *shapes(192, 128, T=T, S=T)).temp_bytes for T in (16384, 32768)
@@ -334,14 +291,9 @@ def test_memory_grows_with_the_length(deterministic):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CASES)
-def test_small_cases_on_a_gpu(rng, name):
-    arrays, options, num_ctas = case(rng, name)
-    reference = functools.partial(flash_attention_reference, **options)
-    want = everything(reference, *(x.astype(jnp.float32) for x in arrays))
-    xla = everything(reference, *arrays)
-    kernels = functools.partial(flash_attention_sm90, **options, num_sms=num_ctas)
-    assert_as_accurate_as_xla(everything(kernels, *arrays), xla, want)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_small_cases_on_a_gpu(case):
+    matrix.check_attention(kernels(case), case)
 
 
 @pytest.mark.gpu
@@ -351,20 +303,12 @@ def test_small_cases_on_a_gpu(rng, name):
 @pytest.mark.parametrize("G", [8, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("K, H", HEAD_SIZES, ids=HEADS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_gradients_equal_xla_on_a_gpu(rng, dtype, K, H, G, causal, S, deterministic):
+def test_gradients_equal_xla_on_a_gpu(dtype, K, H, G, causal, S, deterministic):
     if not deterministic and (K, H) not in FUSED:
         pytest.skip("is deterministic in any case")
-    arrays = inputs(rng, 1, S, S, 8, G, K, H, dtype)
-
-    def attend(implementation, q, k, v, **options):
-        options |= {"causal": causal, "deterministic": deterministic}
-        return flash_attention(q, k, v, implementation=implementation, **options)
-
-    run = jax.jit(everything, static_argnums=0)
-    got = run(functools.partial(attend, "mosaic_gpu"), *arrays)
-    xla = run(functools.partial(attend, "xla"), *arrays)
-    want = run(functools.partial(attend, "xla"), *(x.astype(jnp.float32) for x in arrays))
-    assert_as_accurate_as_xla(got, xla, want)
+    sizes = dict(B=1, N=8, G=G, K=K, H=H)
+    case = Case(S, **sizes, causal=causal, deterministic=deterministic, dtype=dtype)
+    matrix.check_attention("mosaic_gpu", case)
 
 
 @MODES
@@ -375,7 +319,8 @@ def test_gradients_equal_cudnn(rng, K, H, causal, deterministic):
     """Through what jax.nn calls, because jax.nn refuses values narrower than keys."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    q, k, v, dout = inputs(rng, 2, 4096, 4096, 8, 8, K, H, "bfloat16")
+    sizes = (4096, 8, K), (4096, 8, K), (4096, 8, H), (4096, 8, H)
+    q, k, v, dout = (normal(rng, (2, *size), "bfloat16") for size in sizes)
     mask = fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK
     cudnn = functools.partial(fused.dot_product_attention, scale=K**-0.5, mask_type=mask)
     options = {"causal": causal, "deterministic": deterministic}

@@ -1,4 +1,4 @@
-"""What stands in front of the Hopper kernels of flash attention: tiles, parts, which backward."""
+"""What is decided before the Hopper kernels of flash attention run: tiles, splits, backward."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def visible(problem, options):
 @pytest.mark.parametrize("direction", ["queries", "keys"])
 @pytest.mark.parametrize("ids", [None, "sorted", "shuffled"])
 @pytest.mark.parametrize("masks", ["causal", "full", "lengths"])
-def test_work_list_covers_all_that_is_visible(rng, direction, ids, masks):
+def test_tiles_cover_all_that_is_visible(rng, direction, ids, masks):
     """Every tile once; every block that is seen; without a mask only what is seen as a whole."""
     B, T, S, N, G, num_ctas = 3, 456, 768, 4, 2, 7
     options = {"segment_ids": None, "lengths": None}
@@ -94,20 +94,20 @@ def test_gradients_are_fused_where_that_is_less_work():
     assert is_fused(B=1, T=16384, S=16384, N=4, G=4)
 
 
-def test_groups_are_cut_where_tiles_of_keys_do_not_suffice():
-    def parts(num_tiles, group):
+def test_groups_are_split_where_there_are_too_few_tiles_of_keys():
+    def splits(num_tiles, group):
         return choose_group_splits(
             problem_of(B=1, S=num_tiles * TILE_ROWS, N=group, G=1), num_sms=132
         )
 
-    assert parts(132, 8) == parts(133, 8) == 1
-    assert parts(128, 8) == 1  # two halves would take as long as the whole
-    assert parts(66, 8) == 2 and parts(32, 16) == 4 and parts(1, 16) == 16
-    assert parts(40, 9) == 3 and parts(1, 7) == 7
-    assert parts(100, 8) == 8  # 7 turns of an eighth
+    assert splits(132, 8) == splits(133, 8) == 1
+    assert splits(128, 8) == 1  # two halves would take as long as the whole
+    assert splits(66, 8) == 2 and splits(32, 16) == 4 and splits(1, 16) == 16
+    assert splits(40, 9) == 3 and splits(1, 7) == 7
+    assert splits(100, 8) == 8  # 7 turns of an eighth
 
 
-def test_the_tile_in_which_keys_end_has_zeros_behind_them(rng):
+def test_the_tile_in_which_keys_end_has_zeros_after_them(rng):
     x = normal(rng, (4, 200, 2, 8), "float32")
     masks = make_masks(4, 200, 200, None, np.array([0, 100, 128, 200]))
     problem = dataclasses.replace(problem_of(B=4, T=200, S=200), has_lengths=True)

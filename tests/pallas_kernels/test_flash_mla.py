@@ -143,11 +143,13 @@ def test_missing_features_are_refused_in_metadata(feature):
 
 
 def test_lengths_without_rows_are_refused():
-    with pytest.raises(ValueError, match="1 lengths, num_q_tokens_per_head_k is None"):
+    with pytest.raises(
+        ValueError, match="num_q_tokens_per_head_k must be given with cache_seqlens"
+    ):
         get_mla_metadata(jnp.array([3]))
 
 
 def test_heads_that_do_not_divide_are_refused():
     q, cache = jnp.zeros((1, 1, 4, D)), jnp.zeros((1, PAGE, 3, D))
-    with pytest.raises(ValueError, match="4 query heads for 3 key heads"):
+    with pytest.raises(ValueError, match="multiple of the 3 key heads, got 4"):
         flash_mla_with_kvcache(q, cache, jnp.zeros((1, 1), int), jnp.ones(1, int), DV)

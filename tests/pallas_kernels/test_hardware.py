@@ -60,7 +60,7 @@ def test_unknown_gpu_has_no_figures():
 )
 def test_missing_gpu_says_what_was_found(device, found):
     assert hardware.missing_gpu((9, 0), device) == (
-        f"needs an NVIDIA GPU of compute capability 9.0, found {found}"
+        f"needs an NVIDIA GPU of compute capability 9.0, got {found}"
     )
 
 

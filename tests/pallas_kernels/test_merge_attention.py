@@ -145,7 +145,9 @@ def test_lse_of_another_dtype_is_refused():
         (out, lse.astype(jnp.bfloat16), out, lse),
         (out, lse, out, jnp.zeros(2, int)),
     ):
-        with pytest.raises(ValueError, match=r"lse_[ab] has dtype (bfloat16|int32), not float32"):
+        with pytest.raises(
+            ValueError, match=r"lse_[ab] must have dtype float32, got (bfloat16|int32)"
+        ):
             unchecked(merge_attention)(*arguments)
 
 
@@ -160,9 +162,12 @@ def test_out_may_be_wider_on_one_side(rng):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((2, 4), (2,), (2, 5), (2,)), r"out_b has shape \(2, 5\), out_a \(2, 4\)"),
-        (((2, 4), (3,), (2, 4), (2,)), r"lse_a has shape \(3,\)"),
-        (((2, 4), (2,), (2, 4), (1,)), r"lse_b has shape \(1,\)"),
+        (
+            ((2, 4), (2,), (2, 5), (2,)),
+            r"out_b must have shape \(2, 4\) for out_a \(2, 4\), got \(2, 5\)",
+        ),
+        (((2, 4), (3,), (2, 4), (2,)), r"lse_a must have shape \(2,\).*, got \(3,\)"),
+        (((2, 4), (2,), (2, 4), (1,)), r"lse_b must have shape \(2,\).*, got \(1,\)"),
     ],
 )
 def test_bad_shapes_are_refused(shapes, message):

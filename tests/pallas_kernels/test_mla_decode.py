@@ -214,24 +214,39 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": jnp.zeros((2, 4, X))}, r"q has shape \(2, 4, 24\).*rank 4"),
-        ({"q": jnp.zeros((2, 1, 4, 23))}, "kv_pages has rows of 24, q of 23"),
-        ({"q": jnp.zeros((2, 1, 4, X), int)}, "q has dtype int32"),
-        ({"kv_pages": jnp.zeros((7, 16, X), jnp.bfloat16)}, "kv_pages has dtype bfloat16, but q"),
-        ({"kv_pages": jnp.zeros((0, 16, X))}, "a size is 0"),
-        ({"page_table": jnp.zeros((3, 3), int)}, "page_table has batch 3, q 2"),
-        ({"page_table": jnp.zeros((2, 3))}, "page_table has dtype float32"),
-        ({"lengths": np.array([1])}, "lengths has batch 1, q 2"),
-        ({"latent_dim": 25}, "latent_dim 25 is not within 1 and the row's 24"),
+        ({"q": jnp.zeros((2, 4, X))}, r"q must have rank 4, got shape \(2, 4, 24\)"),
+        (
+            {"q": jnp.zeros((2, 1, 4, 23))},
+            r"kv_pages must have shape \(7, 16, 23\) for .*, got \(7, 16, 24\)",
+        ),
+        ({"q": jnp.zeros((2, 1, 4, X), int)}, r"q must have a dtype of \[.*\], got int32"),
+        (
+            {"kv_pages": jnp.zeros((7, 16, X), jnp.bfloat16)},
+            "must have q's dtype float32, got bfloat16",
+        ),
+        ({"kv_pages": jnp.zeros((0, 16, X))}, "all sizes must be positive"),
+        (
+            {"page_table": jnp.zeros((3, 3), int)},
+            r"page_table must have shape \(2, 3\).*, got \(3, 3\)",
+        ),
+        ({"page_table": jnp.zeros((2, 3))}, "page_table must have an integer dtype, got float32"),
+        ({"lengths": np.array([1])}, r"lengths must have shape \(2,\).*, got \(1,\)"),
+        ({"latent_dim": 25}, "latent_dim must be within 1 and 24, got 25"),
         ({"latent_dim": 8.0}, "latent_dim must be an integer, got 8.0"),
         ({"lengths": [5, 0]}, "lengths must be an array, got list"),
-        ({"lengths": np.array([49, 0])}, "lengths span 0 to 49, allowed are 0 to 3 pages of 16"),
-        ({"lengths": jnp.array([3, -2])}, "lengths span -2 to 3"),
-        ({"page_table": jnp.array([[0, 1, 7]] * 2)}, "uses pages 0 to 7, kv_pages has 0 to 6"),
-        ({"page_table": np.array([[0, -1, 0]] * 2)}, "uses pages -1 to 0"),
-        ({"plan": mla_decode_plan(np.ones(3, int), num_rows=4, page_size=16)}, "plan has batch 3"),
-        ({"plan": mla_decode_plan(np.ones(2, int), num_rows=4)}, "plan has page_size 64"),
-        ({"plan": mla_decode_plan(np.ones(2, int), num_rows=8, page_size=16)}, "has num_rows 8"),
+        ({"lengths": np.array([49, 0])}, "within 0 and 3 pages of 16, got 0 to 49"),
+        ({"lengths": jnp.array([3, -2])}, "lengths must be within 0 .*, got -2 to 3"),
+        ({"page_table": jnp.array([[0, 1, 7]] * 2)}, "must be within 0 and 6, got 0 to 7"),
+        ({"page_table": np.array([[0, -1, 0]] * 2)}, "got -1 to 0"),
+        (
+            {"plan": mla_decode_plan(np.ones(3, int), num_rows=4, page_size=16)},
+            "plan must have batch 2, got 3",
+        ),
+        ({"plan": mla_decode_plan(np.ones(2, int), num_rows=4)}, "must have page_size 16, got 64"),
+        (
+            {"plan": mla_decode_plan(np.ones(2, int), num_rows=8, page_size=16)},
+            "must have num_rows 4, got 8",
+        ),
     ],
 )
 def test_bad_input_is_refused(changes, message):
@@ -258,5 +273,5 @@ def test_lengths_of_any_integer_dtype(rng, dtype):
 
 
 def test_missing_kernel_is_refused_with_the_reason():
-    with pytest.raises(NotImplementedError, match="'mosaic_gpu' cannot run here: needs "):
+    with pytest.raises(NotImplementedError, match="'mosaic_gpu' cannot run here: the dtype must"):
         mla_decode(**arguments(), implementation="mosaic_gpu")

@@ -99,13 +99,13 @@ def test_jits_over_other_lengths_without_a_new_trace():
 @pytest.mark.parametrize(
     ("lengths", "sizes", "message"),
     [
-        (np.array([1, -5]), {}, "lengths must not be negative, found -5"),
-        (np.array([1.0]), {}, "lengths has dtype float64"),
-        (np.array([[1]]), {}, r"lengths has shape \(1, 1\)"),
-        (np.array([], int), {}, "batch must be positive, found 0"),
-        (np.array([1]), {"num_rows": 0}, "num_rows must be positive, found 0"),
-        (np.array([1]), {"page_size": -1}, "page_size must be positive, found -1"),
-        (np.array([1]), {"num_sms": 0}, "num_sms must be positive, found 0"),
+        (np.array([1, -5]), {}, "lengths must not be negative, got -5"),
+        (np.array([1.0]), {}, "lengths must have an integer dtype, got float64"),
+        (np.array([[1]]), {}, r"lengths must have rank 1, got shape \(1, 1\)"),
+        (np.array([], int), {}, "batch must be positive, got 0"),
+        (np.array([1]), {"num_rows": 0}, "num_rows must be positive, got 0"),
+        (np.array([1]), {"page_size": -1}, "page_size must be positive, got -1"),
+        (np.array([1]), {"num_sms": 0}, "num_sms must be positive, got 0"),
     ],
 )
 def test_bad_input_is_refused(lengths, sizes, message):

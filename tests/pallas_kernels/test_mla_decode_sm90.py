@@ -11,81 +11,17 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from kernel_tools.aot import compile_sm90a, lower_for_cuda
+from kernel_tools.cases import DecodeCase as Case
 from kernel_tools.interpreter import run_simulated
-from numerics import assert_close, normal, poison
+from numerics import assert_close
 
 from pallas_kernels import hardware, mla_decode, mla_decode_plan
 from pallas_kernels.flash_mla import flash_mla_with_kvcache
 from pallas_kernels.hardware import WGMMA_ROWS
 from pallas_kernels.mla_decode.sm90 import config as sm90_config
 
-GARBAGE = 2147480000  # FlashMLA's filling of unused table entries
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A batch for the simulator, small enough to take seconds."""
-
-    lengths: tuple[int, ...]
-    T: int = 1
-    N: int = 16
-    C: int = 128
-    R: int = 64
-    page_size: int = 64
-    causal: bool = True
-    dtype: str = "bfloat16"
-    num_sms: int = 2
-
-    def __str__(self):
-        lengths = "-".join(map(str, self.lengths))
-        causal = "" if self.causal else "-full"
-        return f"S{lengths}-T{self.T}-N{self.N}-{self.C}+{self.R}-page{self.page_size}{causal}"
-
-    def arrays(self, rng) -> dict[str, jax.Array]:
-        """Shuffled pages; NaN in every row that no request owns, garbage in unused entries."""
-        used = [-(-length // self.page_size) for length in self.lengths]
-        num_pages = sum(used) + 1  # one page is nobody's
-        order = iter(rng.permutation(num_pages))
-        table = np.full((len(used), max(used) + 1), GARBAGE)
-        is_unread = np.ones((num_pages, self.page_size), bool)
-        for b, length in enumerate(self.lengths):
-            for j in range(used[b]):
-                table[b, j] = next(order)
-                is_unread[table[b, j], : length - j * self.page_size] = False
-        X = self.C + self.R
-        kv_pages = normal(rng, (num_pages, self.page_size, X), self.dtype)
-        return dict(
-            q=normal(rng, (len(used), self.T, self.N, X), self.dtype),
-            kv_pages=poison(kv_pages, is_unread),
-            page_table=jnp.asarray(table, jnp.int32),
-            lengths=jnp.asarray(self.lengths, jnp.int32),
-        )
-
-    def plan(self):
-        return mla_decode_plan(
-            jnp.asarray(self.lengths, jnp.int32),
-            num_rows=self.T * self.N,
-            page_size=self.page_size,
-            num_sms=self.num_sms,
-        )
-
-    def paths(self) -> set[str]:
-        """Which ways through the kernels this batch takes, by its plan."""
-        plan = self.plan()
-        splits = np.diff(plan.num_splits)
-        found = {"split" if n > 1 else "whole" for n in splits}
-        found |= {"empty"} if 0 in self.lengths else set()
-        parts = plan.begin_request.shape[0]
-        hidden = self.T - 1 if self.causal else 0
-        if self.T * self.N > WGMMA_ROWS and max(self.lengths) - hidden >= 2 * sm90_config.BLOCK_KV:
-            found |= {"paired"}
-        found |= {"idle"} if np.any(plan.begin_request > plan.end_request) else set()
-        return found | ({"combine"} if parts > 1 else set())
-
-
-# Two slots, which C = 512 has, and more. Borders of blocks and pages, a part that ends inside of a
-# request, rows in one and two tiles, heads that do not fill eight rows, queries in front of which
-# there is nothing.
+# Two slots, which C = 512 has, and more. Borders of blocks and pages, a part that ends inside a
+# request, rows in one and two tiles, heads that do not fill eight rows, queries without any keys.
 CASES = [
     (Case((1, 63, 0, 64, 65), N=1), {"whole", "empty", "combine"}),
     (Case((600,), N=3, num_sms=3), {"split", "idle", "combine"}),
@@ -164,7 +100,7 @@ def test_simulated_combine_merges_by_lse(rng, rows, num_warpgroups):
 
 @pytest.mark.kernel_sim
 def test_simulated_lengths_beyond_the_table_count_as_all_of_it(rng, on_hopper):
-    """Parts of the plan that begin behind the table's end read no entry of it."""
+    """Parts of the plan that begin past the table's end read no entry of it."""
     case = Case((192,), N=2)
     arrays = case.arrays(rng)
     arrays["page_table"] = arrays["page_table"][:, :3]
@@ -213,15 +149,15 @@ SIZES = dict(row_dim=576, dtype="bfloat16", page_size=64, latent_dim=512, scale=
     [
         ({}, None),
         ({"dtype": "float16", "page_size": 128, "row_dim": 288, "latent_dim": 256}, None),
-        ({"dtype": "float32"}, r"needs one of the dtypes .*, found float32"),
-        ({"page_size": 16}, r"needs pages of one of \[64, 128\] tokens, found 16"),
+        ({"dtype": "float32"}, r"the dtype must be one of .*, got float32"),
+        ({"page_size": 16}, r"pages must have one of \[64, 128\] tokens, got 16"),
         ({"latent_dim": 192, "row_dim": 256}, None),
-        ({"latent_dim": 500}, "multiple of 64 up to 512, found 500"),
-        ({"latent_dim": 1024, "row_dim": 1088}, "multiple of 64 up to 512, found 1024"),
-        ({"row_dim": 512}, "positive multiple of 16, found 0"),
-        ({"row_dim": 520}, "positive multiple of 16, found 8"),
-        ({"row_dim": 640}, "needs 2[0-9]* bytes of shared memory for rows of 512 .* 232448"),
-        ({"scale": 0.0}, "needs a positive scale, found 0.0"),
+        ({"latent_dim": 500}, "multiple of 64 up to 512, got 500"),
+        ({"latent_dim": 1024, "row_dim": 1088}, "multiple of 64 up to 512, got 1024"),
+        ({"row_dim": 512}, "positive multiple of 16, got 0"),
+        ({"row_dim": 520}, "positive multiple of 16, got 8"),
+        ({"row_dim": 640}, "rows of 512 .* need 2[0-9]* bytes of shared memory, .* at most 232448"),
+        ({"scale": 0.0}, "scale must be positive, got 0.0"),
     ],
     ids=lambda value: "-".join(value) or "none" if isinstance(value, dict) else "",
 )
@@ -354,10 +290,10 @@ def test_tensor_cores_do_nothing_twice(on_hopper, name, loops):
     [("N16", {2, 3}, {0, 1}), ("N128-T2", {2, 3}, {1}), ("512+16", {1, 2}, {0, 1})],
 )
 def test_barriers_of_a_warpgroup_are_those_that_the_code_names(on_hopper, name, scores, values):
-    """The simulator takes a warpgroup for one thread, so it cannot miss them.
+    """The simulator takes a warpgroup for one thread, so it would not notice a missing one.
 
-    With scores: in front of probabilities that take the place of rotary keys, and behind them. In a
-    tail one more, behind values that were zeroed. Memory: none.
+    With scores: one before and one after probabilities that take the place of rotary keys. In a
+    tail one more, after values that were zeroed. Memory: none.
     """
     main, _ = compiled(name)
     # The shortest are first: of loops over blocks the innermost, before those over requests.

@@ -1,4 +1,4 @@
-"""Timing: every call is made, nothing else is in the loop, and the counts behind a sample."""
+"""Timing: every call is made, nothing else is in the loop, and how many calls make a sample."""
 
 import functools
 import re

@@ -6,11 +6,14 @@ import.
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import hardware, varying
+from pallas_kernels.derivatives import differentiable, not_differentiable
 from pallas_kernels.flash_attention.reference import zeros_past
 from pallas_kernels.flash_attention.sm90.config import (
     HEAD_SIZES,
@@ -26,18 +29,18 @@ DTYPES = ("bfloat16", "float16")
 LEAST_SCALE = 1e-30  # lse / scale stays far inside of float32, and scale is no subnormal number
 
 
-def why_not(q, k, v, *, scale, **options) -> str | None:
+def why_not(q, k, v, *, scale: float, **options: Any) -> str | None:
     """Why the Hopper kernels cannot run these arguments here, or None."""
     del k, options
     head_sizes = q.shape[-1], v.shape[-1]
     if head_sizes not in HEAD_SIZES:
-        return f"has tiles for head sizes (K, H) in {list(HEAD_SIZES)}, found {head_sizes}"
+        return f"head sizes (K, H) must be one of {list(HEAD_SIZES)}, got {head_sizes}"
     if str(q.dtype) not in DTYPES:
-        return f"multiplies {' or '.join(DTYPES)}, found {q.dtype}"
+        return f"the dtype must be one of {list(DTYPES)}, got {q.dtype}"
     if not scale >= LEAST_SCALE:
         return (
-            "keeps the maximum of scores times a positive scale, and lse divided by it: needs at"
-            f" least {LEAST_SCALE}, found {scale}"
+            f"scale must be at least {LEAST_SCALE}, got {scale}: kernels keep the maximum of scores"
+            " times it, and lse divided by it"
         )
     return hardware.missing_gpu(SM90)
 
@@ -51,13 +54,20 @@ class Static:
     num_sms: int
 
 
-@functools.partial(
-    jax.jit, static_argnames=("causal", "scale", "return_lse", "deterministic", "num_sms")
-)
+@functools.partial(jax.jit, static_argnames=("causal", "scale", "deterministic", "num_sms"))
 def flash_attention_sm90(
-    q, k, v, *, causal, scale, segment_ids, lengths, return_lse, deterministic, num_sms=None
-):
-    """See `flash_attention`."""
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G H"],
+    *,
+    causal: bool,
+    scale: float,
+    segment_ids: Int[Array, "B S"] | None,
+    lengths: Int[Array, "B"] | None,
+    deterministic: bool,
+    num_sms: int | None = None,
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
+    """Returns out and lse, see `flash_attention`."""
     (B, T, N, K), (S, G, H) = q.shape, v.shape[1:]
     masks = make_masks(B, T, S, segment_ids, lengths)
     q, k, v = _pad(q, WGMMA_ROWS), _pad(k, TILE_ROWS), _pad(v, TILE_ROWS)
@@ -67,11 +77,10 @@ def flash_attention_sm90(
     static = Static(problem, deterministic, num_sms or hardware.num_sms())
     q, k, v, *masks = varying.align(q, k, v, *masks)
     out, lse = _attention(static, q, k, v, Masks(*masks))
-    out = out[:, :T]
-    return (out, jnp.swapaxes(lse[:, :, :T], 1, 2)) if return_lse else out
+    return out[:, :T], jnp.swapaxes(lse[:, :, :T], 1, 2)
 
 
-def make_masks(B, T, S, segment_ids, lengths) -> Masks:
+def make_masks(B: int, T: int, S: int, segment_ids: Array | None, lengths: Array | None) -> Masks:
     """Ids are padded to whole tiles, because kernels read them without a bounds check."""
     # int32 before S meets them, which a narrower dtype may not hold.
     key_ends = jnp.asarray(jnp.full((B,), S) if lengths is None else lengths, jnp.int32)
@@ -83,10 +92,19 @@ def make_masks(B, T, S, segment_ids, lengths) -> Masks:
     return Masks(jnp.minimum(key_ends, S), query_ids, key_ids)
 
 
-def _pad(x, least):
+def _pad(x: Float[Array, "B T N K"], least: int) -> Float[Array, "B rows N K"]:
     """Appends zeros until TMA can copy `x` in tiles of 8 tokens, and a box of `least` fits."""
     size = max(-(-x.shape[1] // 8) * 8, least)
     return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)))
+
+
+class Residuals(NamedTuple):
+    q: Float[Array, "B T N K"]
+    k: Float[Array, "B S G K"]
+    v: Float[Array, "B S G H"]
+    masks: Masks
+    out: Float[Array, "B T N H"]
+    lse: Float32[Array, "B N rows"]
 
 
 def _forward(static: Static, q, k, v, masks: Masks) -> tuple[jax.Array, ...]:
@@ -97,12 +115,14 @@ def _forward(static: Static, q, k, v, masks: Masks) -> tuple[jax.Array, ...]:
     return varying.align(q, *results)[1:]
 
 
-def _forward_with_residuals(static, q, k, v, masks):
-    out, lse = _forward(static, q, k, v, masks)
-    return (out, lse), (q, k, v, masks, out, lse)
+def _push_forward(*_) -> NoReturn:
+    raise NotImplementedError(
+        "flash_attention: the kernels of 'mosaic_gpu' have no forward-mode derivative (jax.jvp);"
+        " use implementation='xla', which has one"
+    )
 
 
-def _gradients(static, residuals, cotangents):
+def _pull_back(static: Static, residuals: Residuals, cotangents: tuple) -> tuple[jax.Array, ...]:
     q, k, v, masks, out, lse = residuals
     dout, dlse = cotangents
     # d(score) = p * (dp - delta), for sum(p * dp) = sum(dout * out) and d(lse) / d(score) = p.
@@ -118,10 +138,14 @@ def _gradients(static, residuals, cotangents):
         dout = jnp.where(is_empty, 0, dout)
     stats = jnp.stack([start, -delta], 2)
     dq, dk, dv = _backward(static, masks, q, k, v, dout, stats)
-    dq, dk, dv = varying.align(q, dq, dk, dv)[1:]
-    return dq, dk, dv, jax.tree.map(lambda _: None, masks)
+    return varying.align(q, dq, dk, dv)[1:]
 
 
+@functools.partial(
+    not_differentiable,
+    reason="flash_attention: the gradients that the kernels of 'mosaic_gpu' compute have no"
+    " derivative (jax.hessian); use implementation='xla', which has second derivatives",
+)
 def _backward(static: Static, masks: Masks, q, k, v, dout, stats) -> tuple[jax.Array, ...]:
     """dq, dk, dv."""
     from pallas_kernels.flash_attention.sm90 import backward, fused
@@ -150,5 +174,10 @@ def _sum_splits(problem: Problem, gradient: jax.Array, like: jax.Array) -> jax.A
     return splits.sum(3).astype(like.dtype)
 
 
-_attention = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-_attention.defvjp(_forward_with_residuals, _gradients)
+_attention = differentiable(
+    _forward,
+    residuals=lambda operands, results: Residuals(*operands, *results),
+    push_forward=_push_forward,
+    pull_back=_pull_back,
+    num_differentiable=3,
+)

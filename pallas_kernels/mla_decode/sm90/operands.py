@@ -39,10 +39,10 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory: the latent part of q and kv in halves, the statistics as of forward.py.
+    """Shared memory and barriers; the latent part of queries and keys is stored in halves.
 
-    Barriers: *_full when data has arrived, *_free when all readers are done with it; `left` is the
-    left half of a block of kv, `right` its right half and the rotary keys.
+    Barriers: *_full once data has arrived, *_free once all readers are done with it. `left` stands
+    for the left half of a block of keys, `right` for its right half and the rotary keys.
     """
 
     k_rope_smem: Ref  # "slots BLOCK_KV R"
@@ -52,8 +52,8 @@ class Scratch(NamedTuple):
     lse_smem: Ref
     p_full: Ref  # of the left warpgroup's probabilities in every slot, then of the right one's
     p_smem: Ref  # None in the types where the probabilities take the place of k_rope_smem
-    # The queries; in the end the output on its way to memory, or half of a partial one: float32 has
-    # twice the bytes. The Ref of a RefUnion is the tuple of its members.
+    # The queries; at the end the output on its way to memory, or half of a partial one, because
+    # float32 has twice the bytes. The Ref of a RefUnion is the tuple of its members.
     q_and_partial_smem: Ref
     q_free: Ref
     q_full: Ref

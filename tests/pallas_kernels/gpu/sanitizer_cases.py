@@ -11,8 +11,8 @@ import functools
 import sys
 
 import jax
-import numpy as np
 from kernel_tools import flash_attention_matrix, flash_mla_matrix
+from kernel_tools.cases import AttentionCase
 from kernel_tools.flash_mla_matrix import Data
 
 from pallas_kernels import mla_decode, mla_decode_plan
@@ -32,7 +32,7 @@ DECODE_CASES = [
     (DECODE(2, 2, 16, C=256, R=32), LONG),
     (DECODE(1, 4, 128), Data(500, is_ragged=False)),
 ]
-ATTENTION = functools.partial(flash_attention_matrix.Case, K=64, H=64)
+ATTENTION = functools.partial(AttentionCase, K=64, H=64)
 ATTENTION_CASES = [
     dataclasses.replace(case, deterministic=deterministic)
     for case in (
@@ -69,9 +69,8 @@ def main(only_lists: bool) -> None:
         print(f"mla_decode {case} {data}", flush=True)
     for case in ATTENTION_CASES:
         if not only_lists:
-            options = case.options(np.random.default_rng(0))
-            arrays = flash_attention_matrix.make_arrays(case, options, seed=0)
-            jax.block_until_ready(flash_attention_matrix.attend("mosaic_gpu", options, *arrays))
+            results = flash_attention_matrix.attend("mosaic_gpu", case.options(), *case.arrays())
+            jax.block_until_ready(results)
         print(f"flash_attention {case}", flush=True)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_tools import flash_attention_matrix as matrix
-from kernel_tools.flash_attention_matrix import Case
+from kernel_tools.cases import AttentionCase as Case
 from numerics import normal
 
 from pallas_kernels import hardware
@@ -31,7 +31,7 @@ SHAPES = [
     *(Case(700, B=12, K=K, H=H, is_ragged=True) for K, H in HEADS),
     *(Case(1000, B=9, K=K, H=H, num_documents=7) for K, H in HEADS),
     *(Case(500, B=17, K=K, H=H, dtype="float16") for K, H in HEADS),
-    # Fewer: groups of heads as a whole and in parts, one query, several masks at once.
+    # Fewer: groups of heads whole and split, one query, several masks at once.
     *(Case(700, B=B, N=8, G=G, K=K, H=H) for B, G, K, H in ((2, 1, 128, 128), (3, 2, 192, 128))),
     Case(700, N=6, G=2, K=64, H=64),
     Case(900, T=1, K=192, H=128),
@@ -53,23 +53,22 @@ def test_kernel_equals_float32(case):
 @pytest.mark.parametrize(("K", "H"), HEADS)
 def test_deterministic_gradients_are_the_same_bits_every_time(K, H):
     case = Case(4096, N=8, G=2, K=K, H=H, deterministic=True)
-    inputs, cotangents = matrix.make_arrays(case, {}, seed=0)
-    run = functools.partial(matrix.attend, "mosaic_gpu", case.options(np.random.default_rng(0)))
-    first, *others = [run(inputs, cotangents) for _ in range(3)]
+    arrays, options = case.arrays(), case.options()
+    first, *others = [matrix.attend("mosaic_gpu", options, *arrays) for _ in range(3)]
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, first, other)
 
 
 def backward(case):
-    """On an H200: are gradients fused, into how many parts are groups cut, have CTAs many tiles."""
+    """On an H200: are gradients fused, how many splits has a group, have CTAs many tiles."""
     T = case.T or case.S
     sizes = case.B, T, case.S, case.N, case.G, case.K, case.H
     problem = Problem(*sizes, case.causal, 0.1, offset=case.S - T)
-    parts = choose_group_splits(problem, hardware.H200_NUM_SMS)
-    problem = dataclasses.replace(problem, group_splits=parts)
+    splits = choose_group_splits(problem, hardware.H200_NUM_SMS)
+    problem = dataclasses.replace(problem, group_splits=splits)
     is_fused = is_backward_fused(problem, case.deterministic, hardware.H200_NUM_SMS)
-    num_tiles = problem.num_waves(case.S, case.G * parts, hardware.H200_NUM_SMS)
-    return is_fused, parts, num_tiles > 1
+    num_tiles = problem.num_waves(case.S, case.G * splits, hardware.H200_NUM_SMS)
+    return is_fused, splits, num_tiles > 1
 
 
 @pytest.mark.parametrize("K, H", HEADS)
@@ -77,11 +76,11 @@ def test_cases_take_every_way_through_the_gradients(K, H):
     ways = {backward(case) for case in CASES if (case.K, case.H) == (K, H)}
     for is_fused in {False, (K, H) in FUSED}:
         assert {is_many for fused, _, is_many in ways if fused == is_fused} == {True, False}
-    assert (K, H) == (256, 256) or {parts for _, parts, _ in ways} > {1}
+    assert (K, H) == (256, 256) or {splits for _, splits, _ in ways} > {1}
 
 
-def test_cases_cut_groups_as_a_whole_and_in_part():
-    """Of 8 and 4 query heads."""
+def test_cases_split_groups_into_single_heads_and_into_several():
+    """Pairs of query heads per group, and splits."""
     found = {(case.N // case.G, backward(case)[1]) for case in CASES}
     assert {(8, 8), (4, 2), (3, 3), (2, 1)} <= found
 
@@ -119,7 +118,7 @@ def test_planted_faults_are_found(monkeypatch, rng, name, fault):
     right = {key: normal(rng, (9000, 8)) for key in matrix.FACTOR}
     usual = {key: x * (1 + 0.02 * normal(rng, x.shape)) for key, x in right.items()}
 
-    def attend(implementation, options, inputs, cotangents):
+    def attend(implementation, options, inputs, cotangents, run=None):
         if inputs[0].dtype == jnp.float32:
             return right
         return usual | {name: fault(usual[name])} if implementation == "faulty" else usual
