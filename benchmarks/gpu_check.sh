@@ -147,8 +147,8 @@ all_tests=("${tests[@]}" tests/pallas_kernels)
 "$python" -c 'import xdist' 2>/dev/null && all_tests+=(-n $(($(nproc) > 12 ? 12 : $(nproc))))
 first_tests=("${tests[@]}" -x
     'tests/pallas_kernels/gpu/test_mla_decode_gpu.py::test_flash_mla_matrix[B2-T2-N64-causal-512+64-page64-bfloat16]'
-    'tests/pallas_kernels/test_flash_attention_sm90.py::test_small_cases_on_a_gpu[causal-odd]'
-    'tests/pallas_kernels/test_flash_attention_sm90.py::test_small_cases_on_a_gpu[fused-causal-odd-persistent]')
+    'tests/pallas_kernels/test_flash_attention_sm90.py::test_small_cases_on_a_gpu[B1-T133-S133-N1-G1-K64-H64-causal-deterministic-sms132-bfloat16]'
+    'tests/pallas_kernels/test_flash_attention_sm90.py::test_small_cases_on_a_gpu[B1-T133-S133-N1-G1-K64-H64-causal-sms1-bfloat16]')
 
 if wants tests; then
     $run "gpu tests, a case a kernel" 90 "${first_tests[@]}" "${collect[@]}"

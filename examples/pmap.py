@@ -39,8 +39,7 @@ def pmap_step(params, tokens):
 
 copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), params)
 value, copies = jax.pmap(pmap_step, axis_name="data")(copies, tokens.reshape(8, 2, 33))
-head = copies["lm_head"]["weight"]
-print(f"pmap: loss {value[0]:.6f}, lm_head {head.shape}: a copy for each device")
+print(f"pmap: loss {value[0]:.6f}, norm {copies['norm']['weight'].shape}: a copy for each device")
 
 
 @jax.jit
@@ -52,8 +51,7 @@ def jit_step(params, tokens):
 mesh = jax_mla.make_mesh(data=8)
 placed = jax.device_put(params, jax_mla.param_shardings(config, mesh, layouts.ddp()))
 value, placed = jit_step(placed, jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data"))))
-head = placed["lm_head"]["weight"]
-print(f"jit:  loss {value:.6f}, lm_head {head.shape} on every device")
+print(f"jit:  loss {value:.6f}, norm {placed['norm']['weight'].shape} on every device")
 
 pairs = zip(jax.tree.leaves(copies), jax.tree.leaves(placed), strict=True)
 worst = max(np.abs(a[0] - np.asarray(b)).max() for a, b in pairs)

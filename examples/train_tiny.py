@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 import jax_mla
+from jax_mla.sharding import layouts
 from jax_mla.training import Precision, Recipe, TokenRows, next_token_loss, train
 
 HELD_OUT = pathlib.Path(jax_mla.__file__).parent / "demo" / "held_out.txt"
@@ -25,10 +26,7 @@ parser.add_argument("--out", help="folder to save the trained model in")
 args, config, where = parser.parse_args(), jax_mla.tiny(), {}
 if args.devices:
     jax.config.update("jax_num_cpu_devices", args.devices)  # without effect on GPUs
-    where = {
-        "mesh": jax_mla.make_mesh(data=args.devices),
-        "rules": jax_mla.sharding.layouts.zero3(),
-    }
+    where = {"mesh": jax_mla.make_mesh(data=args.devices), "rules": layouts.zero3()}
 
 
 def rows(path):

@@ -112,7 +112,9 @@ SUBPACKAGE_NAMES = {
         "Block", "GroupedQueryAttention", "KeyValueCache", "Linear", "MLA", "MoE", "RMSNorm",
         "SwiGLU",
     },
-    "sharding": {"MESH_AXES", "Placement", "ShardingRules", "layouts", "make_mesh"},
+    "sharding": {
+        "ExpertDispatch", "MESH_AXES", "Placement", "ShardingRules", "layouts", "make_mesh",
+    },
     "text": {
         "ByteTokenizer", "Completion", "JsonTokenizer", "TextStream", "Tokenizer", "complete",
         "continuation_text", "load_tokenizer",

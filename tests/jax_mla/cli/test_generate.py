@@ -64,7 +64,7 @@ def test_a_mesh_writes_the_same_text(generate):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--rules ddp", "--rules ddp splits over a mesh, and there is no --mesh"),
+        ("--rules ddp", "--rules ddp shards over a mesh and needs --mesh"),
         ("--mesh data=2", "cannot be split over 2 devices of mesh axis 'data'"),
         ("--mesh tensor=3", "cannot be split over 3 devices of mesh axis 'tensor'"),
         (
