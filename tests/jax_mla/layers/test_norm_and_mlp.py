@@ -39,7 +39,7 @@ def test_swiglu(rng):
     x = normal(rng, (2, 3, 8))
     wide = np.asarray(x, np.float64)
     gate, up, down = (
-        np.asarray(w[...], np.float64) for w in (layer.gate_proj, layer.up_proj, layer.down_proj)
+        np.asarray(w.array(), np.float64) for w in (layer.gate_proj, layer.up_proj, layer.down_proj)
     )
     gated = wide @ gate
     assert_close(layer(x), (gated / (1 + np.exp(-gated)) * (wide @ up)) @ down, "float32")
