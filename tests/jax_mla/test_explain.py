@@ -53,11 +53,11 @@ def test_a_row_names_its_axes():
     rows, table = jax_mla.explain_sharding(
         shapes(layouts.tensor_parallel(), tensor=4, expert=2), CONFIG
     )
-    row = next(row for row in rows if row.name == "moe_layers.mlp.experts.down_proj")
+    row = next(row for row in rows if row.name == "moe_layers.mlp.experts.down_proj.weight")
     assert row.logical_axes == ("layers", "expert", "mlp", "embed")
     assert row.mesh_axes == ((), ("expert",), ("tensor",), ())
     assert row.bytes_per_device * 8 == 4 * 2 * 8 * 96 * D and row.replicated_bytes == 0
-    assert "moe_layers.mlp.experts.down_proj" in table
+    assert "moe_layers.mlp.experts.down_proj.weight" in table
 
 
 def test_data_parallel_forward_sends_nothing():
