@@ -130,7 +130,7 @@ def test_data_and_weights_of_another_model_are_refused(config, data, params, mes
     larger = dataclasses.replace(data, vocab_size=321)
     factors = {"short_factor": (1.0,) * 4, "long_factor": (2.0,) * 4}
     scaling = jax_mla.RopeScaling("longrope", 2.0, 8, **factors)
-    with pytest.raises(ValueError, match=r"original_max_position_embeddings=8 tokens .* got 9"):
+    with pytest.raises(ValueError, match="original_max_position_embeddings=8 tokens, got 9"):
         train(dataclasses.replace(config, rope_scaling=scaling), RECIPE, data, params={}, **where)
     with pytest.raises(ValueError, match=r"vocabulary of 321 may hold .* a model of 320 does not"):
         train(config, RECIPE, larger, **where)
