@@ -19,7 +19,7 @@ from jax_mla.training import Precision, Recipe, make_optimizer, update_router_bi
 from jax_mla.training.optimizer import kinds
 from jax_mla.training.pipeline import Pipeline
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 PRESETS = ("tiny", "v2_lite", "v2", "v3", "kimi_k2")
 
 
