@@ -12,7 +12,7 @@ Dimension key, used in every shape and einsum of this project:
 import functools
 import importlib
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from jax_mla.sharding.rules import ShardingRules
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return importlib.import_module(f"jax_mla.{name}")
     if name not in _HOME:

@@ -80,7 +80,7 @@ class DeepSeek(nnx.Module):
         rngs: nnx.Rngs,
         placement: Placement | None = None,
         layers: tuple[int, int] | None = None,
-    ):
+    ) -> None:
         first, end = (0, config.num_hidden_layers) if layers is None else layers
         num_dense = max(min(end, config.num_dense_layers) - first, 0)
         num_moe = end - first - num_dense

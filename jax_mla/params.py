@@ -28,7 +28,7 @@ def split_abstract(
     config: DeepSeekConfig,
     placement: Placement | None = None,
     layers: tuple[int, int] | None = None,
-):
+) -> tuple[nnx.GraphDef, nnx.State]:
     """GraphDef and State of the model with shapes instead of arrays. Needs no devices."""
     options = {"placement": placement, "layers": layers}
     return nnx.split(nnx.eval_shape(lambda: DeepSeek(config, rngs=nnx.Rngs(0), **options)))

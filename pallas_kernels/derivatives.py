@@ -87,7 +87,7 @@ _linear.multiple_results = True
 
 
 @_linear.def_impl
-def _push_forward(*arguments, rules: _Rules, out_avals):
+def _push_forward(*arguments, rules: _Rules, out_avals) -> list[jax.Array]:
     del out_avals
     return list(rules.push_forward(*rules.split(arguments)))
 
@@ -115,7 +115,7 @@ def _jvp(primals, tangents, **params):
     return jax.jvp(push_forward, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _transpose(cotangents, *arguments, rules: _Rules, out_avals):
+def _transpose(cotangents, *arguments, rules: _Rules, out_avals) -> list:
     del out_avals
     residuals, linear = rules.split(arguments)
     found = rules.pull_back(residuals, [ad.instantiate_zeros(x) for x in cotangents])
@@ -126,7 +126,7 @@ def _transpose(cotangents, *arguments, rules: _Rules, out_avals):
     return [None] * len(residuals) + wanted
 
 
-def _batch(arguments, dims, *, rules: _Rules, out_avals):
+def _batch(arguments, dims, *, rules: _Rules, out_avals) -> tuple[list, list]:
     (size,) = {x.shape[d] for x, d in zip(arguments, dims, strict=True) if d is not None}
     (residuals, linear), (residual_dims, linear_dims) = rules.split(arguments), rules.split(dims)
     linear = [batching.bdim_at_front(x, d, size) for x, d in zip(linear, linear_dims, strict=True)]

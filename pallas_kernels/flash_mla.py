@@ -12,13 +12,13 @@ PAGE_SIZE = 64  # the page that FlashMLA's scheduler counts in
 
 
 def get_mla_metadata(
-    cache_seqlens: Int[Array | np.ndarray, "b"] | None = None,
+    cache_seqlens: Int[Array | np.ndarray, " b"] | None = None,
     num_q_tokens_per_head_k: int | None = None,
     num_heads_k: int = 1,
     num_heads_q: int | None = None,
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
-) -> tuple[MLADecodePlan | None, Int32[Array | np.ndarray, "_"] | None]:
+) -> tuple[MLADecodePlan | None, Int32[Array | np.ndarray, " _"] | None]:
     """Returns the pair (tile_scheduler_metadata, num_splits) that `flash_mla_with_kvcache` takes.
 
     Both of FlashMLA's calls work: the old one, with lengths, splits the work here, once per step;
@@ -57,10 +57,10 @@ def flash_mla_with_kvcache(
     q: Float[Array, "b s_q h_q d"],
     k_cache: Float[Array, "num_blocks page h_kv d"],
     block_table: Int[Array | np.ndarray, "b max_blocks"],
-    cache_seqlens: Int[Array | np.ndarray, "b"],
+    cache_seqlens: Int[Array | np.ndarray, " b"],
     head_dim_v: int,
     tile_scheduler_metadata: MLADecodePlan | None = None,
-    num_splits: Int32[Array | np.ndarray, "_"] | None = None,
+    num_splits: Int32[Array | np.ndarray, " _"] | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     is_fp8_kvcache: bool = False,
@@ -140,7 +140,7 @@ def flash_mla_with_kvcache(
     return out, jnp.where(lse == -jnp.inf, jnp.inf, lse).swapaxes(1, 2)
 
 
-def _refuse(op: str, **features):
+def _refuse(op: str, **features) -> None:
     for name, value in features.items():
         if value is not None and value is not False:
             raise NotImplementedError(

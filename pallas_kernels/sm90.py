@@ -63,7 +63,7 @@ def packed(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x)
 
 
-def matrices(shape: tuple[int, ...], dtype, columns: int | None = None) -> plgpu.SMEM:
+def matrices(shape: tuple[int, ...], dtype, columns: int | None = None) -> Any:
     """Shared memory for matrices that wgmma reads, `columns` of them at a time (None: all)."""
     width = columns or shape[-1]
     return plgpu.SMEM(shape, dtype, transforms=mosaic_compat.matmul_tiles(width, dtype))

@@ -23,5 +23,5 @@ def _axes(x) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def _cast(x, axes: tuple[str, ...]):
+def _cast(x, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.pcast(x, axes, to="varying")

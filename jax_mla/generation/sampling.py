@@ -56,10 +56,10 @@ def sample(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"] | UInt32[Array, "B words"],
     *,
-    temperature: float | Float[Array, " B"] = 1.0,
-    top_k: int | Int[Array, " B"] | None = None,
-    top_p: float | Float[Array, " B"] | None = None,
-    min_p: float | Float[Array, " B"] | None = None,
+    temperature: float | Float[Array, ""] | Float[Array, " B"] = 1.0,
+    top_k: int | Int[Array, ""] | Int[Array, " B"] | None = None,
+    top_p: float | Float[Array, ""] | Float[Array, " B"] | None = None,
+    min_p: float | Float[Array, ""] | Float[Array, " B"] | None = None,
 ) -> Int[Array, " B"]:
     """Draws one token per row from softmax(logits / temperature), truncated to likely tokens.
 

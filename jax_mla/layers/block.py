@@ -61,7 +61,7 @@ class Block(nnx.Module):
         kind: Kind,
         rngs: nnx.Rngs,
         placement: Placement | None = None,
-    ):
+    ) -> None:
         self.residual_scale, self.placement = config.residual_scale, placement
         D, eps, dtype = config.hidden_size, config.rms_norm_eps, config.dtype
         self.input_layernorm = RMSNorm(D, eps=eps, dtype=dtype)

@@ -81,7 +81,7 @@ class GroupedQueryAttention(nnx.Module):
         rope_theta: float = 10000.0,
         stddev: float = 0.02,
         dtype: str = "float32",
-    ):
+    ) -> None:
         check_positive(
             hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads,
             head_dim=head_dim,

@@ -39,7 +39,7 @@ class Linear(nnx.Module):
         stddev: float,
         dtype: str,
         bias_axis: str | None = None,
-    ):
+    ) -> None:
         self.equation = equation
         self.weight = _normal(rngs, shape, logical_axes, stddev=stddev, dtype=dtype)
         if bias_axis is not None:
@@ -78,7 +78,7 @@ class GroupedLinear(nnx.Module):
         rngs: nnx.Rngs,
         stddev: float,
         dtype: str,
-    ):
+    ) -> None:
         self.weight = _normal(rngs, shape, logical_axes, stddev=stddev, dtype=dtype)
 
     def pool(self) -> ExpertPool:

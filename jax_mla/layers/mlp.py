@@ -31,7 +31,7 @@ class SwiGLU(nnx.Module):
         rngs: nnx.Rngs,
         stddev: float = 0.02,
         dtype: str = "float32",
-    ):
+    ) -> None:
         linear = functools.partial(Linear, rngs=rngs, stddev=stddev, dtype=dtype)
         into, out = (hidden_size, intermediate_size), (intermediate_size, hidden_size)
         self.gate_proj = linear("...D,DF->...F", into, ("embed", "mlp"))

@@ -41,7 +41,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(
         self, dim: int, *, eps: float = 1e-6, logical_axis: str = "norm", dtype: str = "float32"
-    ):
+    ) -> None:
         check_positive(dim=dim)
         self.eps = eps
         self.weight = constant(1.0, (dim,), (logical_axis,), dtype=dtype)

@@ -1,7 +1,7 @@
 """Meshes, the rules that shard arrays over them, and published layouts."""
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jax_mla.sharding import layouts
 from jax_mla.sharding.axes import MESH_AXES
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["MESH_AXES", "ExpertDispatch", "Placement", "ShardingRules", "layouts", "make_mesh"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -40,7 +40,7 @@ class TextStream:
       prompt: ids before the first token, whose text is not repeated.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._shown = list(prompt)  # the latest ids whose text is shown, one visible at least
         self._held: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jax_mla.checkpoint.files import read_json
 from jax_mla.config.model import DeepSeekConfig
@@ -17,6 +17,7 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _PLACE = "{prompt}"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What `complete` and `TextStream` need of a tokenizer."""
 
@@ -69,7 +70,7 @@ class JsonTokenizer:
 
     def __init__(
         self, path: str | Path, template: str | None = None, *, bos_token_id: int | None = None
-    ):
+    ) -> None:
         try:
             from tokenizers import Tokenizer as Backend
         except ModuleNotFoundError:

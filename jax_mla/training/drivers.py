@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
@@ -21,6 +21,7 @@ from jax_mla.training.state import TrainState
 from jax_mla.training.step import StepMetrics, train_step
 
 
+@runtime_checkable
 class Driver(Protocol):
     """Runs the steps of a training loop.
 

@@ -118,7 +118,7 @@ def next_token_loss(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options", "rules"))
-def _next_token_loss(params, config, batch: Batch, options: PassOptions, rules):
+def _next_token_loss(params, config, batch: Batch, options: PassOptions, rules) -> NextTokenLoss:
     _, sums = loss_sums(params, config, batch, options, rules=rules)
     return sums.means(batch.is_counted().sum(), batch.num_rows())
 

@@ -60,7 +60,7 @@ def flash_attention(
     causal: bool = True,
     scale: float | None = None,
     segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
-    lengths: Int[Array | np.ndarray, "B"] | None = None,
+    lengths: Int[Array | np.ndarray, " B"] | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     implementation: Literal["mosaic_gpu", "xla"] | None = None,

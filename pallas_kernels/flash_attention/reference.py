@@ -45,7 +45,7 @@ class Operands(NamedTuple):
     q: Float[Array, "I B G M K"]
     k: Float[Array, "J B G s K"]
     v: Float[Array, "J B G s H"]
-    lengths: Int32[Array, "B"]
+    lengths: Int32[Array, " B"]
     query_ids: Int[Array, "I B M"] | None
     key_ids: Int[Array, "J B s"] | None
 
@@ -68,7 +68,7 @@ def flash_attention_reference(
     causal: bool,
     scale: float,
     segment_ids: Int[Array, "B S"] | None,
-    lengths: Int[Array, "B"] | None,
+    lengths: Int[Array, " B"] | None,
     deterministic: bool,
     block_scores: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
@@ -103,7 +103,7 @@ def flash_attention_reference(
     return out, lse
 
 
-def zeros_past(lengths: Int[Array, "B"], x: Float[Array, "B S G K"]) -> Float[Array, "B S G K"]:
+def zeros_past(lengths: Int[Array, " B"], x: Float[Array, "B S G K"]) -> Float[Array, "B S G K"]:
     """`x` with zeros in place of what keys past a length may hold: NaN, and 0 * NaN is NaN."""
     is_past_BS11 = (jnp.arange(x.shape[1])[None, :] >= lengths[:, None])[:, :, None, None]
     return jnp.where(is_past_BS11, 0, x)
@@ -259,7 +259,7 @@ def _visit_keys(
     static: Static,
     i: Int[Array, ""],
     num_blocks: int,
-    lengths: Int32[Array, "B"],
+    lengths: Int32[Array, " B"],
     meet: Callable[[Any, State], State],
     state: State,
 ) -> State:
@@ -278,7 +278,7 @@ def _scores(
     j: Int[Array, ""] | int,
     q_i: Float[Array, "B G M K"],
     k_j: Float[Array, "B G s K"],
-    lengths: Int32[Array, "B"],
+    lengths: Int32[Array, " B"],
     query_ids: Int[Array, "B M"] | None,
     key_ids: Int[Array, "B s"] | None,
 ) -> Float32[Array, "B G M s"]:

@@ -64,7 +64,7 @@ class Workload:
         forward = functools.partial(self._forward, implementation)
         return jax.vjp(jax.jit(forward), q, k, v)[1], dout
 
-    def function(self, implementation: str | Forward | None):
+    def function(self, implementation: str | Forward | None) -> Callable:
         """What the benchmark times; a backward pass is timed without the forward one."""
         if self.is_backward:
             return lambda pullback, dout: pullback(dout)

@@ -23,7 +23,7 @@ IMPLEMENTATIONS = (dispatch.Implementation("xla", grouped_matmul_reference),)
 def grouped_matmul(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "num_matrices K N"],
-    group_sizes: Int[Array | np.ndarray, "E"],
+    group_sizes: Int[Array | np.ndarray, " E"],
     *,
     first_group: int | Int[Array, ""] | None = None,
     preferred_element_type: DTypeLike | None = None,

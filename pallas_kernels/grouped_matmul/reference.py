@@ -23,7 +23,7 @@ MAX_BLOCK = 256  # rows; measured in NOTES.md
 def grouped_matmul_reference(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "P K N"],
-    group_sizes: Int[Array, "E"],
+    group_sizes: Int[Array, " E"],
     *,
     first_group: int | Int[Array, ""] = 0,
     preferred_element_type: Any,
@@ -37,7 +37,7 @@ def grouped_matmul_reference(
 class Operands(NamedTuple):
     lhs: Float[Array, "M K"]
     rhs: Float[Array, "P K N"]
-    group_sizes: Int32[Array, "E"]
+    group_sizes: Int32[Array, " E"]
     first_group: Int32[Array, ""]
 
 
@@ -78,7 +78,7 @@ def _multiply_rows(
     subscripts: str,
     rows: Float[Array, "M _"],
     rhs: Float[Array, "P K N"],
-    group_sizes: Int32[Array, "E"],
+    group_sizes: Int32[Array, " E"],
     first_group: Int32[Array, ""],
 ) -> Float32[Array, "M _"]:
     """Product of every row with its group's matrix; 0 for rows past the last group."""
@@ -103,7 +103,7 @@ def _multiply_groups(
     lhs: Float[Array, "M K"],
     dout: Float[Array, "M N"],
     rhs: Float[Array, "P K N"],
-    group_sizes: Int32[Array, "E"],
+    group_sizes: Int32[Array, " E"],
     first_group: Int32[Array, ""],
 ) -> Float32[Array, "P K N"]:
     """lhs.T @ dout of every group's rows; 0 for a matrix without rows."""
@@ -130,7 +130,7 @@ def block_size(M: int, E: int) -> int:
 
 
 def row_blocks(
-    M: int, size: int, group_sizes: Int[Array, "E"]
+    M: int, size: int, group_sizes: Int[Array, " E"]
 ) -> tuple[Int[Array, ""], Int[Array, "max"], Int[Array, "max"], Int[Array, "max"]]:
     """Number of blocks; and for each block its group, its first row and the end of its group."""
     num_blocks = -(-group_sizes // size)

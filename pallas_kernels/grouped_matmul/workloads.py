@@ -1,6 +1,7 @@
 """Shapes of the grouped matmul that tests, tuning and the benchmark share."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Workload:
         """Arguments of `function`."""
         return arrays
 
-    def function(self, implementation: dispatch.Name | None):
+    def function(self, implementation: dispatch.Name | None) -> Callable:
         """What the benchmark times."""
 
         def run(lhs, rhs, group_sizes, dout):

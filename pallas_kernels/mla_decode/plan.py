@@ -35,7 +35,7 @@ class MLADecodePlan:
     end_request: Int32[Array | np.ndarray, "num_parts"]
     end_page: Int32[Array | np.ndarray, "num_parts"]
     begin_split: Int32[Array | np.ndarray, "num_parts"]
-    num_splits: Int32[Array | np.ndarray, "num_requests_and_one"]
+    num_splits: Int32[Array | np.ndarray, " num_requests_and_one"]
     page_size: int = dataclasses.field(metadata={"static": True})
     num_rows: int = dataclasses.field(metadata={"static": True})
 
@@ -50,7 +50,7 @@ class MLADecodePlan:
 
 
 def mla_decode_plan(
-    lengths: Int[Array | np.ndarray, "B"],
+    lengths: Int[Array | np.ndarray, " B"],
     *,
     num_rows: int,
     page_size: int = 64,

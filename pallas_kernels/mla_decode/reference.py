@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.mla_decode.plan import MLADecodePlan
@@ -20,8 +21,8 @@ CHUNK_TOKENS = 1024
 def mla_decode_reference(
     q: Float[Array, "B T N X"],
     kv_pages: Float[Array, "num_pages page_size X"],
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, "B"],
+    page_table: Int[Array | np.ndarray, "B max_pages"],
+    lengths: Int[Array | np.ndarray, " B"],
     *,
     latent_dim: int,
     scale: float,
@@ -39,7 +40,7 @@ def _decode(
     q: Float[Array, "B T N X"],
     kv_pages: Float[Array, "num_pages page_size X"],
     page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     latent_dim: int,
     scale: float,
     causal: bool,

@@ -1,6 +1,7 @@
 """Shapes of MLA decode that tests, tuning and the benchmark share."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ class Workload:
         """Arguments of `function`."""
         return arrays
 
-    def function(self, implementation: dispatch.Name | None):
+    def function(self, implementation: dispatch.Name | None) -> Callable:
         """What the benchmark times: the whole op, including the merge of split requests."""
 
         def run(q, kv_pages, page_table, lengths, plan):

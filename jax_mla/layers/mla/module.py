@@ -43,7 +43,7 @@ class MLA(nnx.Module):
 
     def __init__(
         self, config: DeepSeekConfig, *, rngs: nnx.Rngs, placement: Placement | None = None
-    ):
+    ) -> None:
         self.config, self.placement = config, placement
         D, N, Q, C = (
             config.hidden_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Float32, Int
@@ -19,6 +19,7 @@ from jax_mla.sharding.placement import Placement
 from pallas_kernels import MLADecodePlan, mla_decode_plan
 
 
+@runtime_checkable
 class AttendFull(Protocol):
     """Attention of new tokens to themselves: output and lse."""
 
@@ -27,6 +28,7 @@ class AttendFull(Protocol):
     ) -> tuple[Float[Array, "B T N H_or_C"], Float32[Array, "B T N"]]: ...
 
 
+@runtime_checkable
 class AttendCached(Protocol):
     """Attention of new tokens to a cache, to which they are appended: output and cache."""
 

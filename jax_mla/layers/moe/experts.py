@@ -16,7 +16,7 @@ from jax_mla.layers.linear import ExpertPool, GroupedLinear
 class Experts(nnx.Module):
     """The weights of E feed-forward layers of one shape; of all layers' experts when pooled."""
 
-    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DeepSeekConfig, *, rngs: nnx.Rngs) -> None:
         D, (E, _, F) = config.hidden_size, config.moe_sizes
         linear = functools.partial(
             GroupedLinear, rngs=rngs, stddev=config.initializer_range, dtype=config.dtype

@@ -34,7 +34,7 @@ class MoE(nnx.Module):
 
     def __init__(
         self, config: DeepSeekConfig, *, rngs: nnx.Rngs, placement: Placement | None = None
-    ):
+    ) -> None:
         self.config, self.placement = config, placement
         D, (E, _, F) = config.hidden_size, config.moe_sizes
         options = {"stddev": config.initializer_range, "dtype": config.dtype}

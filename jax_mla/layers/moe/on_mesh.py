@@ -137,7 +137,7 @@ class _Axes:
         )
 
 
-def _dense(x, expert_index, expert_weight, pools, layer, axes: _Axes):
+def _dense(x, expert_index, expert_weight, pools, layer, axes: _Axes) -> Float[Array, "tokens D"]:
     """Gathers the tokens of all devices that shard the experts, and adds up their results."""
     if axes.gathered:
         gather = functools.partial(jax.lax.all_gather, axis_name=axes.gathered, axis=0, tiled=True)
@@ -151,7 +151,9 @@ def _dense(x, expert_index, expert_weight, pools, layer, axes: _Axes):
     return y
 
 
-def _sent(x, expert_index, expert_weight, pools, layer, axes: _Axes, dispatch: ExpertDispatch):
+def _sent(
+    x, expert_index, expert_weight, pools, layer, axes: _Axes, dispatch: ExpertDispatch
+) -> Float[Array, "tokens D"]:
     """Sends every token to the devices of its experts and the results back."""
     num_tokens = x.shape[0]
     if axes.replicated:  # devices with equal tokens take some of them each

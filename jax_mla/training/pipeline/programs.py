@@ -92,7 +92,7 @@ def no_gradients(params: Params, *, pipeline: Pipeline, stage: int, recipe: Reci
     return jax.lax.with_sharding_constraint(zeros, _gradient_shardings(pipeline, stage))
 
 
-def _gradient_shardings(pipeline: Pipeline, stage: int):
+def _gradient_shardings(pipeline: Pipeline, stage: int) -> Params:
     return pipeline.param_shardings(stage, pipeline.stage_rules.gradients())
 
 

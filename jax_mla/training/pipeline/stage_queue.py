@@ -103,7 +103,9 @@ class StageQueue:
         self.gradients, of_x = self._call(programs.backward, args, self.backward_seconds)
         return of_x
 
-    def _call(self, program: Callable[..., Any], args: tuple[Any, ...], seconds: list[float]):
+    def _call(
+        self, program: Callable[..., Any], args: tuple[Any, ...], seconds: list[float]
+    ) -> Any:
         if not self._measure:
             return exchange.settled(program(*args, **self._static), self._pipeline)
         jax.block_until_ready(args)

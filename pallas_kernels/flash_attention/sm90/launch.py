@@ -63,7 +63,7 @@ def flash_attention_sm90(
     causal: bool,
     scale: float,
     segment_ids: Int[Array, "B S"] | None,
-    lengths: Int[Array, "B"] | None,
+    lengths: Int[Array, " B"] | None,
     deterministic: bool,
     num_sms: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:

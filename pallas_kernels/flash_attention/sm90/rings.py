@@ -50,7 +50,7 @@ class Ring(NamedTuple):
         plgpu.barrier_arrive(self.free.at[self.slot(step)])
 
 
-def ring(num_stages: int, *smems: plgpu.SMEM) -> Ring:
+def ring(num_stages: int, *smems: Ref) -> Ring:
     """Scratch of a Ring; one copy per step fills each of `smems`."""
     return Ring(
         smems,

@@ -37,7 +37,7 @@ def combine(
     lse: Float32[Array, "B M"],
     partial_out: Float32[Array, "splits rows C"],
     partial_lse: Float32[Array, "splits M"],
-    num_splits: Int32[Array, "B_and_one"],
+    num_splits: Int32[Array, " B_and_one"],
     config: CombineConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """`out` and `lse`, with the rows of split requests replaced by the merge of their partials.
@@ -71,7 +71,7 @@ def combine_in_xla(
     lse: Float32[Array, "B M"],
     partial_out: Float32[Array, "splits rows C"],
     partial_lse: Float32[Array, "splits M"],
-    num_splits: Int32[Array, "B_and_one"],
+    num_splits: Int32[Array, " B_and_one"],
 ) -> tuple[jax.Array, jax.Array]:
     """`combine` for rows that do not spread evenly over the threads of a warpgroup."""
     B, M, _ = out.shape

@@ -38,7 +38,7 @@ def mla_decode_sm90(
     q: Float[Array, "B T N X"],
     kv_pages: Float[Array, "num_pages page_size X"],
     page_table: Int[Array | np.ndarray, "B max_pages"],
-    lengths: Int[Array | np.ndarray, "B"],
+    lengths: Int[Array | np.ndarray, " B"],
     *,
     latent_dim: int,
     scale: float,
