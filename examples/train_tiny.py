@@ -21,7 +21,7 @@ parser.add_argument("--text", type=pathlib.Path, default=HELD_OUT)
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--batch", type=int, default=4)
 parser.add_argument("--length", type=int, default=64)
-parser.add_argument("--devices", type=int, help="of a mesh that shares parameters and rows")
+parser.add_argument("--devices", type=int, help="shard parameters and rows over this many devices")
 parser.add_argument("--out", help="folder to save the trained model in")
 args, config, where = parser.parse_args(), jax_mla.tiny(), {}
 if args.devices:

@@ -1,7 +1,10 @@
 """The model as functions: parameters are a plain dict, cache goes in and comes out, all jits.
 
-`prefill` and `decode_step` check what they are given, which reads lengths and page tables back from
-the device; `unchecked_prefill` and `unchecked_decode_step` are the same without.
+`prefill` and `decode_step` check their arguments, which reads lengths and page tables back from
+the device; `unchecked_prefill` and `unchecked_decode_step` are the same without checks.
+
+In your own jit, `config`, `form`, `rules` and `has_context` are static: close over them, or name
+them in `static_argnames` (all are hashable). Everything else may be traced.
 """
 
 from __future__ import annotations
@@ -41,17 +44,18 @@ def forward(
       positions: for the rotary embedding; None counts from 0, anew in each segment.
       segment_ids: tokens attend only to earlier tokens with their own id (packed sequences). A
         negative id marks padding, which goes to no expert and whose logits mean nothing.
-      form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one.
-      rules: those by which `params` were put on a mesh; None takes the defaults.
+      form: how latent attention is computed, "expanded" or "absorbed"; None takes the cheaper one.
+      rules: the layout by which `params` were put on a mesh; None takes the defaults.
 
     Raises:
       ValueError: a token id is outside the vocabulary, shapes disagree, or the mesh does not divide
         them.
       NotImplementedError: the rules dispatch tokens by "ragged", and the mesh is of CPUs.
 
-    Cost: 2 operations a token and active parameter, and attention's; logits of B * T * V float32
+    Cost: 2 operations per token and active parameter, and attention's; logits of B * T * V float32
     numbers. Holds a copy of one layer's weights at a time, all experts included: up to 23 GB for
-    V3 in bfloat16, divided by the devices that share the experts. `prefill` copies no experts.
+    V3 in bfloat16, divided by the number of devices that experts are sharded over. `prefill`
+    copies no experts.
     """
     checked = _check_forward(params, config, tokens, positions, segment_ids, rules)
     return _forward(params, config, *checked, form, rules)
@@ -109,8 +113,8 @@ def prefill(
         Under jit its room cannot be checked: rows beyond it are dropped, yet counted.
       lengths: valid tokens of each row; None means all T. A row of length 0 keeps its cache, and
         its logits mean nothing.
-      form: of latent attention, "expanded" or "absorbed"; None takes the cheaper one for the
-        longest cached sequence, or for a full cache where lengths are traced.
+      form: how latent attention is computed, "expanded" or "absorbed"; None takes the cheaper
+        one for the longest cached sequence, or for a full cache where lengths are traced.
       rules: as in `forward`. Sequences and their pages are split over the mesh axes of `batch`: the
         table of a paged cache may name only pages of the shard that its sequence is in. Where
         `context` shards the pages of each sequence, make the cache with as many `num_shards`.
@@ -178,14 +182,14 @@ def decode_step(
     form: Form | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[Float[Array, "B ... V"], Cache]:
-    """Appends one token of every sequence, or T of them, and predicts what follows each.
+    """Appends one token to every sequence, or T of them, and predicts what follows each.
 
     Args:
-      token: Int[B] for one token a sequence, Int[B T] for several (speculative decoding).
+      token: Int[B] for one token per sequence, Int[B T] for several (speculative decoding).
       cache: not changed, so it is copied, and its lengths are read back for the checks: in a loop
         call this from your own jit and donate the cache. Under jit its room cannot be checked:
         rows beyond it are not kept, yet counted.
-      form, rules: as in `prefill`; one token a sequence is absorbed unless "expanded" is asked for.
+      form, rules: as in `prefill`; one token per sequence is absorbed unless form="expanded".
 
     Returns:
       Float32 logits with the axes of `token` and V, and the cache.

@@ -64,7 +64,7 @@ class DeepSeek(nnx.Module):
     """A DeepSeek-family language model.
 
     Args:
-      config: the architecture; its dtype is that of the weights.
+      config: the architecture; its dtype is the dtype of the weights.
       placement: the mesh that the weights will lie on; None on a single device.
       layers: half-open range [first, end) to build, for a pipeline stage; None builds all. Layer 0
         comes with the embedding, the last one with norm and head. A stage supports only `run`; the

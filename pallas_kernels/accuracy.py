@@ -19,7 +19,7 @@ WORST = 10
 
 
 def errors(got: ArrayLike, want: ArrayLike) -> tuple[float, float]:
-    """RMS of the difference relative to that of `want`: of all, and of the worst row.
+    """RMS of the difference relative to the RMS of `want`: overall, and of the worst row.
 
     A row is along the last axis; its error is relative to its own RMS plus that of all. Both are
     infinite unless NaN and infinities are in the same places.

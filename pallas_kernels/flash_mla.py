@@ -87,7 +87,7 @@ def flash_mla_with_kvcache(
       head_dim_v: width of a value, 512 for DeepSeek.
       tile_scheduler_metadata: from `get_mla_metadata`, for the same lengths and shapes.
       num_splits: ignored, because it is part of the metadata here.
-      softmax_scale: None is d ** -0.5.
+      softmax_scale: None takes d ** -0.5.
       causal: query t does not see the s_q - 1 - t tokens after it.
       is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length,
         extra_topk_length: must be False or None.

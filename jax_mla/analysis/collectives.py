@@ -16,7 +16,7 @@ class Collective:
 
     For a result of b bytes over n devices a ring sends 2 (n - 1) / n * b for an all-reduce,
     (n - 1) / n * b for an all-gather or all-to-all, (n - 1) * b for a reduce-scatter, b for a
-    permute. A ragged all-to-all sends what there is: that is its bound.
+    permute. For a ragged all-to-all the number is an upper bound.
     """
 
     kind: str
@@ -27,7 +27,7 @@ class Collective:
 
 
 def explain_collectives(compiled: jax.stages.Compiled) -> tuple[list[Collective], str]:
-    """The collectives of a compiled step, as rows and as a table; those in loops counted by trips.
+    """The collectives of a compiled step, as rows and as a table; a loop counts once per iteration.
 
     Args:
       compiled: `jax.jit(step).lower(...).compile()`.
@@ -67,7 +67,7 @@ _MESH = re.compile(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}")
 
 
 def _collectives(text: str) -> Iterator[tuple[str, str, int, int, int]]:
-    """(kind, shape, bytes of the result, devices of a group, times run) of every collective."""
+    """(kind, shape, bytes of the result, devices per group, executions) of every collective."""
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -97,7 +97,7 @@ def _collectives(text: str) -> Iterator[tuple[str, str, int, int, int]]:
 
 
 def _results(shapes: str, line: str) -> list[tuple[str, str]]:
-    """The arrays that a collective gives; one that is started lists those it is given before."""
+    """The arrays that a collective returns; a `-start` lists its operands before them."""
     arrays = _ARRAY.findall(shapes)
     given = _OPERANDS.search(line)
     num_given = given[1].count("%") if given else len(arrays)

@@ -1,4 +1,4 @@
-"""Which device holds what of the parameters, as a table."""
+"""How parameters are sharded over devices, as a table."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from jax_mla.sharding.rules import as_tuple
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """One array: `replicated_bytes` of its `bytes_per_device` some other device holds as well.
+    """One array. replicated_bytes: bytes per device beyond an even split.
 
-    That is the share beyond an even split: bytes_per_device - total bytes / devices.
+    That is bytes_per_device - total bytes / devices: what some other device holds as well.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Placed:
 def explain_sharding(
     params: Params, config: DeepSeekConfig | None = None
 ) -> tuple[list[Placed], str]:
-    """Where every parameter lies and how many bytes of it, as rows and as a table.
+    """The sharding of every parameter and its bytes per device, as rows and as a table.
 
     Args:
       params: arrays, or ShapeDtypeStructs with a sharding.
@@ -69,7 +69,7 @@ def explain_sharding(
 def _placed(path: Any, leaf: Any, config: DeepSeekConfig | None) -> Placed:
     name, sharding = ".".join(str(key.key) for key in path), leaf.sharding
     if not isinstance(sharding, NamedSharding):
-        raise ValueError(f"{name} lies on no mesh: its sharding is {sharding}")
+        raise ValueError(f"{name} must be on a mesh, got sharding {sharding}")
     itemsize = np.dtype(leaf.dtype).itemsize
     of_device = math.prod(sharding.shard_shape(leaf.shape)) * itemsize
     even = math.prod(leaf.shape) * itemsize // sharding.mesh.size

@@ -22,7 +22,7 @@ _NUM_AXES = {"pages": 4, "lengths": 1, "page_table": 2}
 
 
 class _Shards(NamedTuple):
-    """Shards that the rules make of every sequence's pages, and of the sequences of a batch."""
+    """How many shards the rules split each sequence's pages into, and the batch into."""
 
     context: int
     batch: int
@@ -36,14 +36,14 @@ def check_cache(
     batch: int | None = None,
     placement: Placement | None = None,
 ) -> None:
-    """The cache is of this model and batch and has room for `num_new` tokens of each sequence.
+    """The cache fits this model and batch and has room for `num_new` tokens per sequence.
 
     Args:
-      batch: sequences that the tokens have; None takes the length of `num_new`.
+      batch: number of sequences in the tokens; None takes the length of `num_new`.
       placement: the mesh that the pages are sharded on; None for a single device.
 
     Lengths and page table are read back from the device; where they are traced, only shapes and
-    dtypes are checked, and rotary frequencies for a full cache.
+    dtypes are checked, and the rotary embedding for a full cache.
     """
     shards = _Shards(1, 1)
     if placement is not None:
@@ -95,7 +95,7 @@ def _check_fields(cache: Cache) -> None:
 
 
 def _check_sizes(cache: Cache, config: DeepSeekConfig, batch: int) -> None:
-    """Layers and rows are those of the config, sequences those of the batch."""
+    """Layers and row width match the config, sequences match the batch."""
     num_layers, num_pages, _, width = cache.pages.shape
     if (num_layers, width) != (config.num_hidden_layers, config.cache_row_dim):
         raise ValueError(
@@ -138,7 +138,7 @@ def _check_shards(cache: Cache, shards: _Shards, placement: Placement | None) ->
 
 
 def _check_room(cache: Cache, lengths: np.ndarray, num_new: np.ndarray) -> np.ndarray:
-    """Tokens that every sequence will hold, 0 where none is appended; none exceeds the capacity."""
+    """Tokens that each sequence will hold, 0 where nothing is appended; checks the capacity."""
     if lengths.min() < 0:
         raise ValueError(f"cache.lengths must be at least 0, got {lengths.min()}")
     needed = np.where(num_new > 0, lengths + num_new, 0)

@@ -27,7 +27,7 @@ _SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 class CheckpointFolder:
     """What a folder holds of a text model, before any weight is read.
 
-    config: the dict of config.json; of a multimodal model, that of its text part.
+    config: the dict of config.json; for a multimodal model, the part that describes its text model.
     generation: the dict of generation_config.json, empty where there is none.
     tensors: where each published name is stored, by the names of a checkpoint of text alone.
     left_out: the tensors of a multimodal model that are not of its text part.
@@ -42,7 +42,7 @@ class CheckpointFolder:
     def model_config(self, dtype: str | None = None) -> DeepSeekConfig:
         """The config with the ids at which generation stops; `dtype` replaces what the file says.
 
-        The eos_token_id of generation_config.json replaces that of config.json, unless it is null.
+        The eos_token_id of generation_config.json wins over the one of config.json, unless null.
         """
         return _model_config(self.config, self.generation, dtype)
 

@@ -50,7 +50,7 @@ def load(
       mesh: devices for the leaves; each device reads its own shards, and nothing else is read.
         None puts everything on the default device.
       rules: which axes are sharded over which mesh axes; None takes `ShardingRules()`.
-      progress: called with the bytes loaded so far and in all, after each piece of the work.
+      progress: called with (bytes loaded so far, total bytes) after each step of the work.
 
     Returns:
       params: nested dict of arrays, the tree of `jax_mla.init`.
@@ -141,7 +141,7 @@ def _place(
     sharding: NamedSharding | None,
     read: Callable[[Bounds], np.ndarray],
 ) -> jax.Array:
-    """An array of which each device holds what `read` returns for its shard."""
+    """An array whose shard on each device is what `read` returns for it."""
     if sharding is None:  # not committed to a device, like the arrays of `init`
         return jax.device_put(read(tuple((0, size) for size in shape)))
     read_once = functools.cache(read)  # devices that hold copies share one reading

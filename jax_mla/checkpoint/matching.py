@@ -1,4 +1,4 @@
-"""A folder's tensors against what its config describes: all differences in one message. No jax."""
+"""Compares a folder's tensors with its config: all differences in one message. No jax."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def match(folder: CheckpointFolder, config: DeepSeekConfig) -> Matched:
 
 
 def _check_number(folder: CheckpointFolder, leaves: tuple[Leaf, ...]) -> None:
-    """The config asks for about as many tensors as there are; else their list alone may be huge."""
+    """Refuses a config that asks for far more tensors than there are: the list may be huge."""
     expected, found = sum(math.prod(leaf.lead_shape) for leaf in leaves), len(folder.tensors)
     if expected > _MANY_TENSORS + 2 * found:
         raise ValueError(
@@ -124,7 +124,7 @@ def _scale_problems(folder: CheckpointFolder, name: str, block: tuple[int, int])
 
 
 def _not_finite(name: str, tensor: StoredTensor) -> list[str]:
-    """A router's correction bias that is not finite: no expert could be compared with another."""
+    """Says so if a router's correction bias is not finite: experts could not be ranked."""
     values = tensor.read(tensor.shape, tuple((0, size) for size in tensor.shape))
     bad = values[~np.isfinite(values)]
     return [f"{name} holds {bad[0]}"] if bad.size else []

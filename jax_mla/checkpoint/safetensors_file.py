@@ -92,14 +92,14 @@ def _tensor(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"the header of {path} describes {name} as {entry!r:.200}") from None
     if any(type(size) is not int or size < 0 for size in sizes):
-        raise ValueError(f"the header of {path} gives {name} the sizes {sizes}")
+        raise ValueError(f"the header of {path} says that {name} has sizes {sizes}")
     if dtype not in _ITEM_BYTES:
-        raise ValueError(f"the header of {path} gives {name} the unknown dtype {dtype!r}")
+        raise ValueError(f"the header of {path} says that {name} has the unknown dtype {dtype!r}")
     tensor = StoredTensor(path, dtype, tuple(shape), data_start + start)
     if stop - start != tensor.nbytes:
         raise ValueError(
-            f"the header of {path} gives {name} {stop - start} bytes, but {dtype}{list(shape)} "
-            f"needs {tensor.nbytes}"
+            f"the header of {path} says that {name} has {stop - start} bytes, but "
+            f"{dtype}{list(shape)} needs {tensor.nbytes}"
         )
     return tensor
 

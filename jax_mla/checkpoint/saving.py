@@ -35,7 +35,7 @@ def save(
 ) -> None:
     """Writes a checkpoint in Hugging Face layout, with the published names, that `load` reads back.
 
-    Holds `config.json` (its `dtype` that of the parameters), `generation_config.json` with the
+    Holds `config.json` (with the dtype of the parameters), `generation_config.json` with the
     stop ids, and `model.safetensors`, or shards and their index. The folder appears complete or not
     at all: everything is written to a hidden folder beside it, flushed to disk, and renamed. A
     `kimi_k2` config keeps that model_type, as its checkpoints are published; transformers knows it

@@ -14,7 +14,7 @@ def shortened(items: Sequence[str]) -> str:
 
 
 def refuse(subject: str, problems: Mapping[str, Sequence[str]]) -> None:
-    """Raises one ValueError that lists every kind of problem which has occurred; none, no error."""
+    """Raises one ValueError that lists all problems by kind; does nothing if there are none."""
     lines = [
         f"\n  {kind} ({len(items)}): {shortened(items)}"
         for kind, items in problems.items()

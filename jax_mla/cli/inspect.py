@@ -24,7 +24,9 @@ OTHER = "other"
 LEFT_OUT = "beside_the_text_model"
 NOT_LOADED = {MTP: "multi-token prediction", LEFT_OUT: "the rest of a multimodal model"}
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-EPILOG = "Exit code 1 when the tensors differ from those that config.json describes; lists them."
+EPILOG = (
+    "Exit code 1 when the tensors differ from what config.json describes; lists the differences."
+)
 FP8_SCALE = "_scale_inv"  # belongs to a weight: bytes, but no parameters
 
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         report.print_json(results)
     else:
         _print(args.folder, results)
-        print(results["mismatch"] or "the tensors are those that config.json describes")
+        print(results["mismatch"] or "the tensors match config.json")
     return 0 if results["mismatch"] is None else 1
 
 

@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, has_stages: bool = False) 
         "device without it",
     )
     parser.add_argument(
-        "--rules", choices=LAYOUTS, help="layout of the mesh; without it that of ShardingRules()"
+        "--rules", choices=LAYOUTS, help="layout of the mesh; the default is ShardingRules()"
     )
 
 
 def build(args: argparse.Namespace) -> "tuple[Mesh | None, ShardingRules | None]":
-    """The mesh and the rules that the flags name; None for those that they do not.
+    """The mesh and the rules that the flags name; None for what they leave out.
 
     Raises:
       ValueError: there are rules and no mesh, there are fewer devices than the mesh needs, or the

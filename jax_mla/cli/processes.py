@@ -47,8 +47,8 @@ def join(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(given)} cannot do without {', '.join(missing)}")
     if given and args.process_id >= args.num_processes:
         raise ValueError(
-            f"--process-id {args.process_id} is not one of --num-processes {args.num_processes}, "
-            "which count from 0"
+            f"--process-id must be below --num-processes, which is {args.num_processes}, got "
+            f"{args.process_id}; processes count from 0"
         )
     if not given and not args.distributed:
         return

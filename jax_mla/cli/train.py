@@ -167,7 +167,7 @@ def _config(args: argparse.Namespace) -> DeepSeekConfig:
 
 
 def _tokenizer(args: argparse.Namespace, config: DeepSeekConfig) -> Any:
-    """That of --tokenizer, or of the model's folder; None where all data are tokens."""
+    """The tokenizer of --tokenizer or of the model's folder; None if all data are tokens."""
     if all(path.suffix == ".npy" for path in args.data):
         return None
     if args.config == "tiny" and args.tokenizer is None:

@@ -1,4 +1,4 @@
-"""The families of published checkpoints: one entry per model_type, and those that are refused.
+"""The families of published checkpoints: one entry per model_type, and the refused ones.
 
 A family is a set of keys of config.json with defaults; it has no code. What its layers compute is
 said by the fields of DeepSeekConfig.
@@ -163,5 +163,5 @@ def family_of(model_type: Any) -> Family:
     if isinstance(model_type, str) and model_type in REFUSED:
         raise ValueError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
     return FAMILIES[model_type]

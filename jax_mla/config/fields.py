@@ -14,6 +14,8 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+from jax_mla.checks.sizes import check_one_of
+
 Check = Callable[[str, Any], None]  # name, value; raises ValueError
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = tuple(DTYPE_BYTES)  # that parameters and caches may have
@@ -32,12 +34,6 @@ def is_number(value: Any) -> bool:
 def is_token_id(value: Any) -> bool:
     """An integer of 32 bits; published configs may say -1 for no padding."""
     return type(value) is int and -(2**31) <= value < 2**31
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """The value is one of a few."""
-    if not any(value is choice or value == choice for choice in choices):
-        raise ValueError(f"{name} {value!r} is not one of {', '.join(map(str, choices))}")
 
 
 def _size(name: str, value: Any) -> None:
@@ -87,7 +83,7 @@ TokenIds = Annotated[tuple[int, ...], _token_ids]
 
 def one_of(choices: tuple[str, ...]) -> Check:
     """The rule of a field whose choices are a tuple; a Literal is its own rule."""
-    return functools.partial(check_choice, choices=choices)
+    return functools.partial(check_one_of, choices=choices)
 
 
 def checks_of(cls: type) -> dict[str, Check]:

@@ -55,8 +55,8 @@ def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> Mapping[str, An
         value = config.get(key)
         if value is not None and str(value).removeprefix("torch.") not in DTYPES:
             raise ValueError(
-                f"{key} {value!r} is not one of {', '.join(DTYPES)}; the dtype argument of `load` "
-                "and `DeepSeekConfig.from_hf` overrides it"
+                f"{key} must be one of {', '.join(DTYPES)}, got {value!r}; the dtype argument of "
+                "`load` and `DeepSeekConfig.from_hf` overrides it"
             )
     return config
 
@@ -121,8 +121,8 @@ def _router(model_type: str, values: Mapping[str, Any], family: Family) -> dict[
     method = values.get("topk_method", router.topk_methods[0])
     if method not in router.topk_methods:
         raise ValueError(
-            f"{model_type} with scoring_func={scoring!r}: topk_method={method!r} is not one of "
-            f"{', '.join(router.topk_methods)}"
+            f"{model_type} with scoring_func={scoring!r}: topk_method must be one of "
+            f"{', '.join(router.topk_methods)}, got {method!r}"
         )
     normalises = values.get("norm_topk_prob", router.norm_topk_prob[0])
     if isinstance(normalises, bool) and normalises not in router.norm_topk_prob:

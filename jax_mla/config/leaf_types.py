@@ -25,7 +25,7 @@ class LeafType:
         (embedding, head) decays; a "vector" (norm, bias) does not; the optimizer
         leaves "fixed" alone.
       part: what it is counted under in reports.
-      axes: the logical axes of `ShardingRules`, without "layers"; None is an axis never sharded.
+      axes: the logical axes of `ShardingRules`, without "layers"; None is never sharded.
       contracted: of a matrix, the axes that its product with activations sums over.
       dtype: "any" is stored as the config says and narrowed to the compute dtype of training;
         "kept" is not narrowed; "float32" is float32 everywhere.

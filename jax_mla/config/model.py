@@ -35,8 +35,8 @@ DType = Annotated[str, one_of(DTYPES)]
 class DeepSeekConfig:
     """A DeepSeek-family architecture; field names are the checkpoints' own. Hashable.
 
-    `dtype` is that of new parameters and caches. Layers before `first_k_dense_replace` are dense,
-    the rest are mixtures of experts; dense models (`youtu`, `minicpm3`) have
+    New parameters and caches have `dtype`. Layers before `first_k_dense_replace` are dense, the
+    rest are mixtures of experts; dense models (`youtu`, `minicpm3`) have
     `n_routed_experts=None`. `eos_token_id` is a tuple: generation stops at any of its ids.
 
     Raises:

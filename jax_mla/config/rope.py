@@ -43,7 +43,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("yarn", "longrope"):
-            raise ValueError(f"rope type {self.rope_type!r} is not one of default, yarn, longrope")
+            raise ValueError(
+                f"rope type must be one of default, yarn, longrope, got {self.rope_type!r}"
+            )
         for name in ("factor", "beta_fast", "beta_slow"):
             value = getattr(self, name)
             if not is_number(value) or value <= 0:

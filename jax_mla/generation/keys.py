@@ -16,7 +16,7 @@ def request_keys(key: Any, batch: int) -> Key[Array, " B"]:
 
     Args:
       key: a jax.random key or a seed, from which row i takes fold_in(key, i); or one of them per
-        row, taken as they are: an array of keys, or a list of seeds. None is seed 0.
+        row, used unchanged: an array of keys, or a list of seeds. None is seed 0.
 
     Raises:
       ValueError: it is none of these. Seeds have the 32 bits that JAX takes without wrapping.

@@ -63,7 +63,7 @@ class Linear(nnx.Module):
 
 
 class GroupedLinear(nnx.Module):
-    """A weight for each of E experts: rows of x are multiplied by that of their expert.
+    """A weight per expert: rows of x are multiplied by the weight of their expert.
 
     Args:
       shape: [E, in, out].
@@ -82,7 +82,7 @@ class GroupedLinear(nnx.Module):
         self.weight = _normal(rngs, shape, logical_axes, stddev=stddev, dtype=dtype)
 
     def pool(self) -> ExpertPool:
-        """What multiplies by it; the weight may be that of all layers already, [L, E, in, out]."""
+        """The matmul with it; the weight may also hold all layers, [L, E, in, out]."""
         weight = self.weight[...]
         return ExpertPool(weight if weight.ndim == 4 else weight[None])
 

@@ -13,7 +13,7 @@ LogicalAxis = str | tuple[str, ...] | None
 
 
 # The fields of ShardingRules that hold mesh axes: those of the logical axes of parameters and of
-# tokens, and those that replace some of them for gradients and optimizer state.
+# tokens, and the fields that replace some of them for gradients and optimizer state.
 PARAM_AXES = (
     "layers", "vocab", "embed", "heads", "head_dim", "latent", "q_latent", "kv_latent", "mlp",
     "expert", "norm",

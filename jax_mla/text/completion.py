@@ -54,7 +54,7 @@ def complete(
 
     Args:
       tokenizer: of the model, as `load_tokenizer` returns it.
-      stream: receives the continuation of the only prompt piece by piece while it is generated.
+      stream: called with each new part of the text of the only prompt while it is generated.
 
     Raises:
       ValueError: prompts is one string, or a prompt has no tokens, is not UTF-8, or leaves too few

@@ -31,9 +31,9 @@ def continuation_text(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence
 
 
 class TextStream:
-    """Turns tokens into text one by one; all pieces together are the `continuation_text`.
+    """Turns tokens into text one by one; all parts joined are the `continuation_text`.
 
-    A piece is held back while later tokens could still change it: the bytes of an incomplete
+    A part is held back while later tokens could still change it: the bytes of an incomplete
     character, and tokens that are single bytes until one that is not follows.
 
     Args:

@@ -195,7 +195,7 @@ class _Progress:
 
 
 def _check_finite(report: StepReport, metrics: StepMetrics) -> None:
-    """The run can go on: weights are finite, and a smaller loss scale may end an overflow."""
+    """Whether to continue: weights are finite, and a smaller loss scale may end an overflow."""
     if not math.isfinite(report.loss):
         raise ValueError(f"the loss of step {report.step} is {report.loss}")
     if report.is_skipped:

@@ -100,14 +100,14 @@ def next_token_loss(
         backward pass, which recomputes them; but at least one position of every row. Devices
         reduce the head's gradient once per chunk.
       deterministic: gradients of attention with the same bits every time, see `Recipe`.
-      rules: those that the parameters were sharded by; None takes the defaults.
+      rules: the layout that the parameters are sharded by; None takes the defaults.
 
     Raises:
       ValueError: rows hold fewer than 2 tokens, shapes disagree, segment ids are not integers, the
         mask is not of booleans, chunk_tokens is below 1, or the mesh does not divide the rows or
         their positions.
 
-    Cost: that of `forward`, with chunk_tokens * V float32 numbers per device instead of all logits,
+    Cost: as `forward`, with chunk_tokens * V float32 numbers per device instead of all logits,
     or one position's logits of every row where that is more.
     """
     tokens, segment_ids = check_batch(tokens, config, segment_ids, loss_mask)
@@ -156,7 +156,7 @@ def loss_sums(
     if not trunk.is_last:
         return x, LossSums(jnp.zeros(()), jnp.zeros(()), *of_layers)
     # The head narrows the weights by itself, so that its gradients are summed over the chunks in
-    # the weights' dtype and not in that of the activations.
+    # the weights' dtype and not in the activations'.
     model = bind(params, config, rules, layers=layers)
     logits_dtype = "float32" if precision is None else precision.logits
     place = model.placement

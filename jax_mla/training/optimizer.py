@@ -48,7 +48,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """That of optax, which adds up the norm in the gradients' dtype: too small in bfloat16."""
+    """Like optax's, but sums the norm in float32; in bfloat16 the sum would be too small."""
 
     def update(updates, state, params=None):
         return clipped(updates, jnp.sqrt(square_sum(updates)), limit), state

@@ -29,7 +29,7 @@ class Precision:
       logits: that logits are rounded to before the loss, which sums in float32.
 
     Raises:
-      ValueError: a name is not one of these formats, or `param` is float16, which loses small
+      ValueError: a name is none of these formats, or `param` is float16, which loses small
         updates.
     """
 
@@ -48,7 +48,7 @@ class Precision:
             )
 
     def to_compute(self, params: Params) -> Params:
-        """The weights as the passes use them; those of the router stay as they are."""
+        """The weights in the dtype of the forward pass; the router's keep theirs."""
 
         def narrow(leaf, x):
             return x.astype(self.compute) if leaf.dtype == "any" else x

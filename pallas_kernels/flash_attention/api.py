@@ -81,7 +81,7 @@ def flash_attention(
       k: keys, q's dtype. G divides N: MHA (G = N), GQA, MQA (G = 1).
       v: values, q's dtype. H may differ from K.
       causal: a query sees itself and what precedes it; T must not exceed S.
-      scale: multiplies the scores; None is K ** -0.5.
+      scale: multiplies the scores; None takes K ** -0.5.
       segment_ids: the document of each position, for packed sequences: any 32-bit integers, in any
         order.
       lengths: keys at positions >= lengths[b] are never seen, and may hold NaN. A query that sees

@@ -3,7 +3,7 @@
 A loop over blocks of rows that starts a new block with every group. Its trip count is the number of
 blocks that the group sizes really make, so that work does not grow with the number of groups.
 
-Letters: M K N E as in `grouped_matmul`; P matrices in rhs, of which E are used.
+Letters: M K N E as in `grouped_matmul`; P matrices in rhs, E of them used.
 """
 
 import functools

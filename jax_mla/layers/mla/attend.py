@@ -1,8 +1,8 @@
 """Attention over latents as functions of arrays: to a sequence itself, and to a cache.
 
 They run on what one device holds; `on_mesh` maps them over a mesh. There `sequence_axes` are the
-mesh axes that shard the new tokens in stripes (see `stripes`), `context_axes` those that shard the
-cached ones.
+mesh axes that shard the new tokens in stripes (see `stripes`), `context_axes` the mesh
+axes that shard the cached ones.
 """
 
 from __future__ import annotations

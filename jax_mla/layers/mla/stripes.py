@@ -4,7 +4,7 @@ T positions are cut into 2 n stripes, and device d of n holds stripes d and 2 n 
 stripe, which sees much, with an early one. Tokens are put into this order before the first layer
 and back after the last one; rotary positions go with them.
 
-Source: Brandon et al., Striped Attention, arXiv 2311.09431; the pairing of stripes is that of Llama
+Source: Brandon et al., Striped Attention, arXiv 2311.09431; stripes are paired as in Llama
 3's context parallelism, arXiv 2407.21783, section 3.3.2.
 """
 

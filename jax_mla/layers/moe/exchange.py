@@ -134,7 +134,7 @@ def ragged_sizes(
 ) -> RaggedSizes:
     """Offsets and sizes for device `rank`, when counts[s, d] rows go from s to d.
 
-    Rows are sent in the order of their destinations and received in that of their sources; the
+    Rows are sent in order of destination and received in order of source; the
     transposed counts send them back.
     """
     of_source = jnp.cumsum(counts, axis=1) - counts  # where rows for d begin in what s sends

@@ -82,7 +82,7 @@ class MoE(nnx.Module):
         Args:
           x: under a mesh [B, T, D].
           routing: replaces the router's own choice.
-          valid: False for padding, of which only the shared experts are computed.
+          valid: False for padding, which goes through the shared experts only.
           expert_layer: the layer to take of a pool of experts.
         """
         routing = self.route(x, valid) if routing is None else routing.of_valid(valid)

@@ -48,8 +48,8 @@ def with_first_embedding(
     """The same parts, with the last stage's tied embedding replaced by a copy of the first stage's.
 
     Args:
-      parts: parameters or gradients per stage; None for a stage of which this process has no
-        device.
+      parts: parameters or gradients per stage; None for a stage that has no device in this
+        process.
       spec: of the embedding, in both stages.
     """
     (first, *between, last), end = parts, pipeline.num_stages - 1
@@ -153,7 +153,7 @@ def everywhere(parts: Sequence[Any], pipeline: Pipeline) -> Any:
 
     Args:
       parts: a tree of arrays per stage, equal in structure, shapes and dtypes, replicated over the
-        stage; None for a stage of which this process has no device.
+        stage; None for a stage that has no device in this process.
     """
     here = [part for part in parts if part is not None]
 

@@ -29,7 +29,7 @@ def split_params(params: Params, pipeline: Pipeline) -> tuple[Params | None, ...
         they need the least memory.
 
     Returns:
-      None for a stage of which this process has no device.
+      None for a stage that has no device in this process.
     """
     return _split(params, pipeline, **_param_shardings(pipeline))
 
@@ -49,7 +49,7 @@ def split_state(state: TrainState, pipeline: Pipeline, *, recipe: Recipe) -> Sta
     """The TrainState of every stage, copied to its devices; every stage has the counters.
 
     Returns:
-      None for a stage of which this process has no device.
+      None for a stage that has no device in this process.
     """
     return _split(state, pipeline, **_state_shardings(pipeline, recipe))
 

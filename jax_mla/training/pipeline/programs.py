@@ -71,7 +71,7 @@ def backward(
     stage: int,
     recipe: Recipe,
 ) -> tuple[Params, Array | None]:
-    """Adds a micro-batch's gradients, and returns that of x; recomputes the stage from x."""
+    """Adds a micro-batch's gradients and returns the gradient of x; recomputes the stage."""
 
     def run(params, x):
         y, sums = _forward(params, x, batch, pipeline, stage, recipe)

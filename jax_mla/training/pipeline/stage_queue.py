@@ -34,7 +34,7 @@ class WholeBatch:
 
 
 class StageQueue:
-    """The micro-batches that a stage holds, and its sums over those that are done.
+    """The micro-batches that a stage holds, and its sums over the finished ones.
 
     Attributes:
       sums, gradients: over the micro-batches so far; empty and None where `is_here` is False.

@@ -32,8 +32,8 @@ class Pipeline:
       mesh: from `make_mesh`; stage i has the devices with index i on the axis `stage`. Every
         process must have some of the mesh's devices.
       rules: the layout within a stage.
-      layers_per_stage: how many layers each stage has. None cuts evenly; stages with one layer more
-        come first, as the last one also has the head.
+      layers_per_stage: how many layers each stage has. None splits evenly; stages with one layer
+        more come first, since the last one also has the head.
 
     Raises:
       ValueError: layers_per_stage does not fit the stages or the layers, the rules split something
@@ -56,12 +56,12 @@ class Pipeline:
 
     @property
     def stage_rules(self) -> ShardingRules:
-        """The rules within a stage, which has its layers whole."""
+        """The rules within a stage, which never splits its layers."""
         return dataclasses.replace(self.rules, layers=None)
 
     @property
     def has_two_embeddings(self) -> bool:
-        """Whether the first and the last stage have a copy each of a tied embedding."""
+        """Whether the first and the last stage each hold a copy of a tied embedding."""
         return self.num_stages > 1 and self.config.tie_word_embeddings
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class Pipeline:
         return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
     def stacks(self, stage: int) -> dict[str, range]:
-        """Of every stack of the parameter dict, the indices that a stage has."""
+        """The indices that a stage has in every stack of the parameter dict."""
         first, end = self.layers[stage]
         found = {
             name: range(max(first - of.start, 0), min(end - of.start, len(of)))
@@ -85,7 +85,7 @@ class Pipeline:
 
     @functools.cached_property
     def meshes(self) -> tuple[Mesh, ...]:
-        """The mesh of every stage: all six axes, of which `stage` has size 1."""
+        """The mesh of every stage: all six axes, with `stage` of size 1."""
         axis = self.mesh.axis_names.index("stage")
         return tuple(
             Mesh(devices, self.mesh.axis_names, axis_types=self.mesh.axis_types)
@@ -207,7 +207,7 @@ def _check_layers(sizes: tuple[int, ...] | None, num_stages: int, num_layers: in
 
 
 def _holds_params(x: Any) -> bool:
-    """A dict like that of all parameters or of a stage's, of known leaves or not."""
+    """A dict shaped like the parameters of the model or of a stage, whatever its leaves."""
     return isinstance(x, dict) and bool(TOP_LEVEL & x.keys())
 
 

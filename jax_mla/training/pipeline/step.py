@@ -33,7 +33,7 @@ def pipeline_train_step(
 ) -> tuple[States, StepMetrics]:
     """`train_step` for a model in stages: equal up to rounding. Not jitted itself.
 
-    The gradients' norm is that of all stages, a float16 overflow in one of them skips the step in
+    The gradients' norm is over all stages; a float16 overflow in one of them skips the step in
     all, and each stage moves the bias of its routers by the load of the whole batch.
 
     Args:

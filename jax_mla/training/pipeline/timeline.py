@@ -62,7 +62,7 @@ def simulate(
       forward, backward: duration of an op, in any unit: one number, or one per stage.
 
     Raises:
-      ValueError: the number of durations is not that of the stages, or one is not above 0.
+      ValueError: there is not one duration per stage, or one is not above 0.
     """
     durations: dict[str, Sequence[float]] = {}
     for kind, given in {"forward": forward, "backward": backward}.items():

@@ -58,7 +58,7 @@ FORWARD = {
     (192, 128): Config(block=128, num_stages=(2, 2)),
     (256, 256): Config(block=64, num_stages=(2, 2)),
 }
-# The kernel of dq and that of dk and dv stream blocks of the same sizes.
+# The dq kernel and the dk, dv kernel stream blocks of the same sizes.
 BACKWARD = {
     (64, 64): Config(block=64, num_stages=(4, 4)),
     (128, 128): Config(block=64, num_stages=(3, 3)),

@@ -52,7 +52,7 @@ Scalar = jax.Array | int  # int32
 
 
 class Tile(NamedTuple):
-    """A tile of rows and the blocks that it meets; those that need no mask are met last.
+    """A tile of rows and the blocks that it meets; blocks that need no mask come last.
 
     The blocks are a range along the sequence, which starts at `first`: num_before masked ones, then
     a run of num_unmasked, then the other masked ones.

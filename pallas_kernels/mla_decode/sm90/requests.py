@@ -1,4 +1,4 @@
-"""The walk of one part of the grid over its share of the plan, request by request."""
+"""How one part of the grid walks through its part of the plan, request by request."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

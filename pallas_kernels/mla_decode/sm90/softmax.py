@@ -31,7 +31,7 @@ def start_softmax() -> Softmax:
 def add_scores(
     scores: jax.Array, top: jax.Array, softmax: Softmax, config: Config
 ) -> tuple[jax.Array, Softmax, jax.Array]:
-    """Adds one block of scores, of which `top` is the maximum per row.
+    """Adds one block of scores; `top` is its maximum per row.
 
     Returns the factor by which all earlier sums decay, the new softmax, and the probabilities.
     """

@@ -129,7 +129,7 @@ def test_decoding_from_a_split_cache_sends_outputs_only():
 
 
 def test_arrays_on_no_mesh_are_refused():
-    with pytest.raises(ValueError, match="embed_tokens lies on no mesh"):
+    with pytest.raises(ValueError, match="embed_tokens must be on a mesh"):
         jax_mla.explain_sharding({"embed_tokens": jnp.zeros(3)})
 
 

@@ -145,7 +145,7 @@ def test_tensors_of_another_config_are_named(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
     assert "kv_a_layernorm.weight is [32], expected [33]" in capsys.readouterr().out
     assert main(["inspect", str(GOLDEN / "v3")]) == 0
-    assert capsys.readouterr().out.endswith("the tensors are those that config.json describes\n")
+    assert capsys.readouterr().out.endswith("the tensors match config.json\n")
 
 
 def test_text_names_every_part(capsys):

@@ -304,7 +304,7 @@ def test_two_processes_take_over_from_one(folder, alone, tmp_path):
         ("--process-id 0 --num-processes 2", "--num-processes cannot do without --coordinator"),
         (
             "--coordinator h:1 --process-id 2 --num-processes 2",
-            "--process-id 2 is not one of --num-processes 2, which count from 0",
+            "--process-id must be below --num-processes, which is 2, got 2",
         ),
         (
             "--distributed --coordinator h:1",
