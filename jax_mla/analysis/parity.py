@@ -148,7 +148,7 @@ def compare_with_itself(
 def _compare_traces(
     trace: ForwardTrace, config: DeepSeekConfig, atol: float, *, hidden_states, routing, logits
 ) -> list[Comparison]:
-    """Embedding, then of each layer its experts and its output, then logits."""
+    """The embedding, each layer's experts and output, then logits."""
     rows = []
     if hidden_states is not None:
         rows.append(_largest("embedding", trace.hidden_states[0], hidden_states[0], atol))

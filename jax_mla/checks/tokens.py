@@ -86,7 +86,7 @@ def check_aligned(
 
 
 def _check_segments(segment_ids: jax.Array) -> None:
-    """Every segment is in one place of its row: positions are counted anew where an id begins."""
+    """Every segment is contiguous in its row, since positions restart where an id begins."""
     if (ids := concrete(segment_ids)) is None:
         return
     begins = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)

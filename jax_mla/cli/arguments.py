@@ -75,7 +75,7 @@ def config_named(word: str) -> DeepSeekConfig:
 
 
 def config_folder(word: str) -> Path | None:
-    """The folder of the config that a word names; None for a preset, which has none."""
+    """The folder that the argument names; None for a preset, which has none."""
     if word in PRESETS:
         return None
     path = Path(word)

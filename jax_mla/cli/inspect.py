@@ -112,7 +112,7 @@ def part_of(name: str, config: DeepSeekConfig) -> str:
 
 @functools.lru_cache
 def _parts(config: DeepSeekConfig) -> dict[str, str]:
-    """Of every published name, with {layer} and {expert} in it, both ways to store experts."""
+    """Part by published name, with {layer} and {expert} in it; both ways to store experts."""
     config = dataclasses.replace(config, tie_word_embeddings=False)  # files may hold the head
     leaves = [leaf for fused in (False, True) for leaf in leaves_of(config, fused_experts=fused)]
     rotary = "model.layers.{layer}.self_attn.rotary_emb.inv_freq"  # some files hold it: not loaded

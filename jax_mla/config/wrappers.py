@@ -98,5 +98,5 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _as_list(value: Any) -> list[Any]:
-    """A token id as the list of it, which means the same."""
+    """A single token id as a list of one."""
     return value if isinstance(value, list) else [value]

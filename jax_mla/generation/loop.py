@@ -254,7 +254,7 @@ def _check_finite(failed_at) -> None:
     )
 
 
-# Out of jit both work on the host: as operations of a device each would compile a program a length.
+# Out of jit both work on the host; on the device every length would compile a program.
 def _pad(tokens: Array, size: int) -> Array:
     values = concrete(tokens)
     pad = jnp.pad if values is None else np.pad

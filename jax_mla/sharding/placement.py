@@ -87,7 +87,7 @@ class Placement:
 
 
 def placement_of(params: Any, rules: ShardingRules | None) -> Placement | None:
-    """Where parameters lie, concrete or traced; None for a single device, and inside shard_map.
+    """Mesh and layout of parameters, concrete or traced; None on one device or in shard_map.
 
     Raises:
       ValueError: rules were given for parameters that lie on no mesh, or on one with other axes.

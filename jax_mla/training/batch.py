@@ -83,7 +83,7 @@ def check_rows(
     mesh: Mesh | None,
     rules: ShardingRules | None,
 ) -> None:
-    """Rows can be divided into micro-batches, and those over a mesh, which has no stages."""
+    """Rows divide into micro-batches, and these over the mesh, which must have no stages."""
     num_micro_batches = recipe.num_micro_batches
     if num_rows % num_micro_batches:
         raise ValueError(

@@ -202,7 +202,7 @@ def with_longrope(**fields):
         ),
         ([V3], "a config must be an object with named values"),
         (V3 | {"mlp_layer_types": 5}, "mlp_layer_types must be a list"),
-        (V3 | {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type must be one of .*, got 'dynamic'"),
+        (V3 | {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type must be .*'dynamic'"),
         ({"model_type": "deepseek_v2"}, "moe_intermediate_size, got 64, None and 1407"),
         ({"model_type": "deepseek_v2", "topk_method": "best"}, "must be one of .*, got 'best'"),
         (
