@@ -17,7 +17,7 @@ from jax_mla.config.leaf_types import LeafType, leaf_type
 from jax_mla.config.model import DeepSeekConfig, check_config
 from jax_mla.model import DeepSeek
 from jax_mla.sharding.divide import check_divides
-from jax_mla.sharding.placement import Placement, placement_of
+from jax_mla.sharding.placement import Placement, placement_of, placement_on
 from jax_mla.sharding.rules import ShardingRules
 
 Params = dict[str, Any]
@@ -101,13 +101,15 @@ def param_shardings(
     """The tree of `init`, holding a NamedSharding where `init` holds an array.
 
     Args:
-      mesh: an abstract one, of no devices, serves for shapes and for lowering.
+      mesh: of `make_mesh`, or with some of its axes. An abstract one, of no devices, serves for
+        shapes and for lowering.
       rules: None takes the defaults of ShardingRules.
 
     Raises:
-      ValueError: a mesh axis does not divide the axis that it is to split; both sizes are named.
+      ValueError: a mesh axis does not divide the axis that it is to split; both sizes are named. Or
+        the mesh has axes of other names or types.
     """
-    placement = Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
+    placement = placement_on(mesh, rules)
     _, state = split_abstract(config)
 
     def place(path, variable):

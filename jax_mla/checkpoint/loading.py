@@ -19,6 +19,7 @@ from jax_mla.checkpoint.reading import Bounds, read_leaf
 from jax_mla.checks.arrays import check_dtype
 from jax_mla.config.leaves import Leaf
 from jax_mla.config.model import DeepSeekConfig
+from jax_mla.sharding.mesh import check_mesh
 
 if TYPE_CHECKING:
     from jax_mla.sharding.rules import ShardingRules
@@ -67,6 +68,8 @@ def load(
     Cost: reads the weights once. Host memory beyond the result: the largest of one leaf of one
     layer, the embedding, and 64 MiB.
     """
+    if mesh is not None:
+        check_mesh(mesh, has_devices=True)
     checkpoint = open_folder(folder)
     config = checkpoint.model_config(None if dtype is None else check_dtype(dtype))
     matched = match(checkpoint, config)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jax_mla.checks.sizes import check_positive
 from jax_mla.sharding.axes import MESH_AXES
@@ -38,5 +39,37 @@ def make_mesh(
     if needed > len(devices):
         sizes = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True) if n > 1)
         raise ValueError(f"a mesh of {sizes} needs {needed} devices, found {len(devices)}")
-    types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[:needed])
+
+
+def check_mesh(mesh: Any, *, has_devices: bool = False) -> None:
+    """A mesh is one of `make_mesh`, or has some of its axes.
+
+    Args:
+      has_devices: whether an abstract mesh, of no devices, is refused as well.
+
+    Raises:
+      ValueError: it is no mesh, or has an axis of another name, or of a type other than Auto.
+    """
+    if not isinstance(mesh, Mesh if has_devices else Mesh | AbstractMesh):
+        raise ValueError(
+            f"mesh must be a mesh of devices, as from jax_mla.make_mesh, got {mesh!r:.80}"
+        )
+    for axis in mesh.axis_names:
+        if axis not in MESH_AXES:
+            raise ValueError(
+                f"mesh axes must be some of {', '.join(MESH_AXES)}, as in jax_mla.make_mesh, got "
+                f"{axis!r} among {mesh.axis_names}"
+            )
+    check_axis_types(mesh)
+
+
+def check_axis_types(mesh: Mesh | AbstractMesh) -> None:
+    """All axes are of type Auto: with another one, JAX asks for the sharding of every result."""
+    for axis, axis_type in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if axis_type != AxisType.Auto:
+            raise ValueError(
+                f"mesh axes must be of type Auto, as in jax_mla.make_mesh, got {axis_type.name} "
+                f"for {axis!r}: jax.make_mesh takes axis_types"
+            )

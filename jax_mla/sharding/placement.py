@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jax_mla.sharding.axes import MESH_AXES
 from jax_mla.sharding.divide import check_divides, num_devices
+from jax_mla.sharding.mesh import check_axis_types, check_mesh
 from jax_mla.sharding.rules import LOGICAL_AXES, LogicalAxis, MeshAxes, ShardingRules, as_tuple
 
 
@@ -45,10 +45,22 @@ def _mesh_axes(rules: ShardingRules, axis: LogicalAxis) -> MeshAxes:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and the rules that shard arrays over it, as layers use them. Hashable."""
+    """A mesh and the rules that shard arrays over it, as layers use them. Hashable.
+
+    Attributes:
+      mesh: with the axes of `make_mesh`, or some of them.
+      rules: without the axes that the mesh lacks, see `ShardingRules.on`.
+
+    Raises:
+      ValueError: the mesh is none, or has other axes, or axes that are not of type Auto.
+    """
 
     mesh: AbstractMesh
     rules: ShardingRules
+
+    def __post_init__(self) -> None:
+        check_mesh(self.mesh)
+        object.__setattr__(self, "rules", self.rules.on(self.mesh.axis_names))
 
     def spec(self, *logical_axes: LogicalAxis) -> PartitionSpec:
         return partition_spec(self.rules, logical_axes)
@@ -86,11 +98,21 @@ class Placement:
         )
 
 
+def placement_on(mesh: Mesh | AbstractMesh, rules: ShardingRules | None) -> Placement:
+    """What a caller's `mesh` and `rules` mean; no rules are the defaults of ShardingRules.
+
+    Raises:
+      ValueError: as `Placement`.
+    """
+    check_mesh(mesh)
+    return Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
+
+
 def placement_of(params: Any, rules: ShardingRules | None) -> Placement | None:
     """Mesh and layout of parameters, concrete or traced; None on one device or in shard_map.
 
     Raises:
-      ValueError: rules were given for parameters that lie on no mesh, or on one with other axes.
+      ValueError: rules were given for parameters on no mesh, or `Placement` refuses their mesh.
     """
     leaves = jax.tree.leaves(params)
     if not leaves:
@@ -100,13 +122,12 @@ def placement_of(params: Any, rules: ShardingRules | None) -> Placement | None:
         return None  # inside of the caller's own shard_map or pmap: one device's share
     if mesh.empty and rules is not None:
         raise ValueError(f"rules say how to split over a mesh, the parameters lie on none: {rules}")
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty:
         return None
-    if set(mesh.axis_names) != set(MESH_AXES):
-        raise ValueError(
-            f"the parameters lie on a mesh of axes {mesh.axis_names}, make_mesh gives {MESH_AXES}"
-        )
-    return Placement(mesh, ShardingRules() if rules is None else rules)
+    if mesh.size == 1:  # a single device, whatever its axis is called
+        check_axis_types(mesh)
+        return None
+    return placement_on(mesh, rules)
 
 
 def constrain_tokens(x: jax.Array, placement: Placement | None) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from jax_mla.checks.sizes import check_one_of
 from jax_mla.sharding.axes import MESH_AXES
@@ -90,6 +91,16 @@ class ShardingRules:
     def optimizer(self) -> ShardingRules:
         """The rules of the optimizer's state."""
         return self._split_over(self.optimizer_split)
+
+    def on(self, axis_names: Collection[str]) -> ShardingRules:
+        """The rules on a mesh of these axes: one that it lacks shards nothing, as if of size 1."""
+        kept = {}
+        for name in LOGICAL_AXES + SPLITS:
+            axes = as_tuple(value := getattr(self, name))
+            if any(axis not in axis_names for axis in axes):
+                value = tuple(axis for axis in axes if axis in axis_names)
+            kept[name] = value  # () of a split means sharded over nothing, and None as parameters
+        return dataclasses.replace(self, **kept)
 
     def _split_over(self, axes: MeshAxes) -> ShardingRules:
         return self if axes is None else dataclasses.replace(self, embed=axes, latent=axes)

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Int
 
 from jax_mla.checks.tokens import check_batch
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.sharding.placement import Placement, partition_spec
+from jax_mla.sharding.mesh import check_mesh
+from jax_mla.sharding.placement import placement_on
 from jax_mla.sharding.rules import ShardingRules
 from jax_mla.training.recipe import Recipe
 
@@ -68,8 +69,8 @@ def place_batch(
         check_batch(batch.tokens, config, batch.segment_ids, batch.loss_mask)
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
-    rules = ShardingRules() if rules is None else rules
-    sharding = NamedSharding(mesh, partition_spec(rules, ("batch", "sequence")))
+    check_mesh(mesh, has_devices=True)
+    sharding = NamedSharding(mesh, placement_on(mesh, rules).spec("batch", "sequence"))
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
     )
@@ -91,12 +92,12 @@ def check_rows(
         )
     if mesh is None:
         return
+    place = placement_on(mesh, rules)
     if (num_stages := mesh.shape.get("stage", 1)) > 1:
         raise ValueError(
             f"train_step needs a mesh with stage=1, got stage={num_stages}, each of which would "
             "compute all layers: pipeline_train_step is for stages"
         )
-    place = Placement(mesh.abstract_mesh, ShardingRules() if rules is None else rules)
     for axis, size, what in (
         ("batch", num_rows // num_micro_batches, "rows of a micro-batch"),
         ("sequence", num_tokens, "tokens of a row"),

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jax_mla.checks.tokens import check_rope
 from jax_mla.config.model import DeepSeekConfig
+from jax_mla.sharding.mesh import check_mesh
 from jax_mla.sharding.rules import ShardingRules
 from jax_mla.training.batch import Batch, check_rows, place_batch
 from jax_mla.training.data import TokenRows
@@ -147,6 +148,8 @@ def driver_for(
     Raises:
       ValueError: there is a schedule and there are no stages, or the stages cannot be made.
     """
+    if mesh is not None:
+        check_mesh(mesh, has_devices=True)
     if mesh is not None and mesh.shape.get("stage", 1) > 1:
         pipeline = Pipeline(config, mesh, ShardingRules() if rules is None else rules)
         return Stages(pipeline, recipe, pipeline_schedule or one_f_one_b)

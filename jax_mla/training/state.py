@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params, check_shapes, init, param_shardings
+from jax_mla.sharding.mesh import check_mesh
 from jax_mla.sharding.rules import ShardingRules
 from jax_mla.training.optimizer import make_optimizer
 from jax_mla.training.recipe import Recipe
@@ -59,6 +60,8 @@ def init_state(
     Raises:
       ValueError: the parameters are not those of the config.
     """
+    if mesh is not None:
+        check_mesh(mesh, has_devices=True)
     if params is not None:
         check_shapes(params, _abstract(config, recipe).params)
     return _maker(config, recipe, mesh, rules)(key, params)
@@ -121,6 +124,7 @@ def state_shardings(
     Raises:
       ValueError: the size of an axis is not divisible by the mesh axes that it is sharded over.
     """
+    check_mesh(mesh)
     rules = ShardingRules() if rules is None else rules
     shapes, everywhere = _abstract(config, recipe), NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda _: everywhere, shapes)

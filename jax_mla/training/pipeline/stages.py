@@ -17,6 +17,7 @@ from jax_mla.config.leaves import stacks_of
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params, param_shardings
 from jax_mla.sharding.axes import MESH_AXES
+from jax_mla.sharding.mesh import check_mesh
 from jax_mla.sharding.placement import partition_spec
 from jax_mla.sharding.rules import LOGICAL_AXES, SPLITS, ShardingRules, as_tuple
 
@@ -165,10 +166,11 @@ def _is_embedding(name: str, value: Any) -> bool:
 
 def _check_mesh(mesh: Mesh) -> None:
     """It has the axes of `make_mesh`, and devices of every process."""
-    if set(mesh.axis_names) != set(MESH_AXES):
+    check_mesh(mesh, has_devices=True)
+    if absent := [axis for axis in MESH_AXES if axis not in mesh.axis_names]:
         raise ValueError(
-            f"a pipeline needs a mesh of make_mesh with axes {MESH_AXES}, got axes "
-            f"{mesh.axis_names}"
+            f"the mesh of a pipeline must have all axes of jax_mla.make_mesh, got "
+            f"{mesh.axis_names} without {', '.join(absent)}"
         )
     processes = {device.process_index for device in mesh.devices.flat}
     if len(processes) != jax.process_count():
