@@ -20,8 +20,10 @@ class ExpertDispatch:
         "a2a" sends every token to the devices of its experts, in blocks of equal size; "ragged"
         sends only the rows that there are, which XLA cannot do on CPUs.
       capacity: of "a2a", the rows that one device may send to another, in units of the mean
-        M * A / devices of its M tokens. The first rows fit, in the order of the tokens, and the
-        others are dropped; `forward_trace` and `train_step` report how many. None drops nothing.
+        M * A / devices of its M tokens, padding not counted. The first rows fit, in the order of
+        the tokens, and the others are dropped; `forward_trace` and `train_step` report how many.
+        None drops nothing. Padding changes what is dropped only where it moves a token to another
+        device, by adding rows or, under `ShardingRules.sequence`, positions.
 
     Raises:
       ValueError: there is no such method, or capacity is not above 0 or set for another method.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 # apply(rows, expert): applies local expert `expert[m]` to row m; 0 for ids out of range.
@@ -25,18 +26,21 @@ def padded(
     apply: ApplyExperts,
     axes: tuple[str, ...],
     capacity: float | int | None,
+    num_tokens: int | Int[Array, ""],
 ) -> Float[Array, "M*A D"]:
     """Every token through each of its experts; 0 where a choice is dropped.
 
     Args:
       expert_index: negative for none.
       own_experts: on each of the devices along `axes`.
-      capacity: see `padded_room`.
+      capacity, num_tokens: see `padded_room` and `admitted`.
     """
     num_devices, active = jax.lax.axis_size(axes), expert_index.shape[1]
     room = padded_room(expert_index.shape, own_experts, num_devices, capacity)
+    limit = admitted(num_tokens, expert_index.shape, num_devices, capacity)
     expert = expert_index.reshape(-1)
     slot = padded_slots(expert, own_experts, num_devices, room)
+    slot = jnp.where(slot % room < limit, slot, num_devices * room)
 
     def exchange(rows):
         rows = rows.reshape(num_devices, room, *rows.shape[1:])
@@ -82,14 +86,34 @@ def ragged(
 def padded_room(
     shape: tuple[int, ...], own_experts: int, num_devices: int, capacity: float | int | None
 ) -> int:
-    """Rows that one device may send to another, for its expert_index of shape [M, A].
+    """The room for what one device sends to another, for its expert_index of shape [M, A].
 
-    Without a capacity as many as there can be: the experts of a token are distinct. Else `capacity`
-    times the mean, rounded up.
+    Without a capacity as many rows as there can be: the experts of a token are distinct. Else no
+    more than are `admitted` where no token is padding.
     """
     M, A = shape
     largest = M * min(A, own_experts)
     return largest if capacity is None else min(largest, math.ceil(capacity * M * A / num_devices))
+
+
+def admitted(
+    num_tokens: int | Int[Array, ""],
+    shape: tuple[int, ...],
+    num_devices: int,
+    capacity: float | int | None,
+) -> int | Int[Array, ""]:
+    """Rows that one device may send to another: `capacity` times the mean, rounded up.
+
+    Args:
+      num_tokens: those of the device's M that are no padding, so that padding changes nothing.
+      shape: of its expert_index, [M, A].
+    """
+    M, A = shape
+    if capacity is None:
+        return M * A
+    # In float32, which a device would compute with, products that are whole numbers may not be.
+    by_num_tokens = np.ceil(capacity * np.arange(M + 1) * A / num_devices)
+    return jnp.asarray(np.minimum(by_num_tokens, M * A).astype(np.int32))[num_tokens]
 
 
 def padded_counts(

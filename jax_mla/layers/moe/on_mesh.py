@@ -87,11 +87,11 @@ def count_dropped(
 
     def on_device(expert_index):
         flat = expert_index.reshape(-1, expert_index.shape[-1])
-        if axes.replicated:
-            (flat,) = _own_tokens((flat,), axes.replicated)
-        room = exchange.padded_room(flat.shape, own_experts, num_devices, capacity)
+        share = _Share.of(flat, axes.replicated, capacity)
+        (flat,) = share.take((flat,))
+        limit = exchange.admitted(share.num_tokens, flat.shape, num_devices, capacity)
         counts = exchange.padded_counts(flat.reshape(-1), own_experts, num_devices)
-        dropped = jnp.maximum(counts - room, 0).sum()
+        dropped = jnp.maximum(counts - limit, 0).sum()
         over = axes.tokens + axes.replicated
         return jax.lax.psum(dropped, over) if over else dropped
 
@@ -155,11 +155,8 @@ def _sent(
     x, expert_index, expert_weight, pools, layer, axes: _Axes, dispatch: ExpertDispatch
 ) -> Float[Array, "tokens D"]:
     """Sends every token to the devices of its experts and the results back."""
-    num_tokens = x.shape[0]
-    if axes.replicated:  # devices with equal tokens take some of them each
-        x, expert_index, expert_weight = _own_tokens(
-            (x, expert_index, expert_weight), axes.replicated
-        )
+    share = _Share.of(expert_index, axes.replicated, dispatch.capacity)
+    x, expert_index, expert_weight = share.take((x, expert_index, expert_weight))
 
     def run(rows, expert):
         return apply_experts(rows, jnp.arange(len(rows)), expert, pools, layer, axes.embed)
@@ -168,29 +165,80 @@ def _sent(
     if dispatch.method == "ragged":
         rows = exchange.ragged(*arguments)
     else:
-        rows = exchange.padded(*arguments, dispatch.capacity)
+        rows = exchange.padded(*arguments, dispatch.capacity, share.num_tokens)
 
     y = combine(rows.reshape(*expert_index.shape, x.shape[1]), expert_weight)
     if axes.width:
         y = jax.lax.psum(y, axes.width)
-    if axes.replicated:
-        y = jax.lax.all_gather(y, axes.replicated, axis=0, tiled=True)[:num_tokens]
-    return y
+    return share.give_back(y)
 
 
-def _own_tokens(arrays, axes):
-    """This device's rows of arrays replicated over `axes`, padded to equally many per device."""
-    parts = math.prod(jax.lax.axis_size(axis) for axis in axes)
-    M = arrays[0].shape[0]
-    size = -(-M // parts)
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """A device's part of the tokens that it and others hold: equally many for each, in order.
 
-    def cut(array):
+    With a capacity padding is in no part, so that it does not change which device sends a token.
+
+    Attributes:
+      axes: over which the tokens are replicated; with none the part is all of them.
+      size: tokens in all, padding included.
+      num_tokens: in this part, the last of which may be padding.
+      order: tokens in the order of the parts, padding last; None leaves them as they are.
+    """
+
+    axes: tuple[str, ...]
+    size: int
+    num_tokens: int | Int[Array, ""]
+    order: Int[Array, " M"] | None
+
+    @classmethod
+    def of(
+        cls, expert_index: Int[Array, "M A"], axes: tuple[str, ...], capacity: float | int | None
+    ) -> _Share:
+        whole = cls(axes, len(expert_index), 0, None)
+        if capacity is None:
+            return dataclasses.replace(whole, num_tokens=whole.room)
+        is_padding = (expert_index < 0).all(axis=1)
+        num_tokens = -(-jnp.sum(~is_padding, dtype=jnp.int32) // whole.parts)
+        order = jnp.argsort(is_padding) if axes else None
+        return dataclasses.replace(whole, num_tokens=num_tokens, order=order)
+
+    @property
+    def parts(self) -> int:
+        return math.prod(map(jax.lax.axis_size, self.axes))
+
+    @property
+    def room(self) -> int:
+        """For the tokens of a part; it is filled up with padding."""
+        return -(-self.size // self.parts)
+
+    def take(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """This device's part of arrays [M, ...] of all tokens."""
+        return tuple(map(self._take, arrays)) if self.axes else arrays
+
+    def _take(self, array: Array) -> Array:
         # Padding gets the index -1: it goes nowhere.
         fill = -1 if jnp.issubdtype(array.dtype, jnp.integer) else 0
-        padded = jnp.pad(array, ((0, size * parts - M), (0, 0)), constant_values=fill)
-        return jax.lax.dynamic_slice_in_dim(padded, _rank(axes) * size, size)
+        array = array if self.order is None else array[self.order]
+        missing = self.room * self.parts - self.size
+        array = jnp.pad(array, ((0, missing), (0, 0)), constant_values=fill)
+        first = _rank(self.axes) * self.num_tokens
+        part = jax.lax.dynamic_slice_in_dim(array, first, self.room)
+        if self.order is None:
+            return part
+        return jnp.where(jnp.arange(self.room)[:, None] < self.num_tokens, part, fill)
 
-    return tuple(cut(array) for array in arrays)
+    def give_back(self, part: Float[Array, "room D"]) -> Float[Array, "M D"]:
+        """The results of all tokens, from each device's part."""
+        if not self.axes:
+            return part
+        parts = jax.lax.all_gather(part, self.axes, axis=0, tiled=True)
+        if self.order is None:
+            return parts[: self.size]
+        num_tokens = jnp.maximum(self.num_tokens, 1)
+        place = jnp.argsort(self.order)  # of every token, in the order of the parts
+        row = place // num_tokens * self.room + place % num_tokens
+        return parts.at[row].get(mode="fill", fill_value=0)
 
 
 def _rank(axes: tuple[str, ...]) -> int | Array:

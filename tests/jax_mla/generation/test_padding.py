@@ -4,6 +4,7 @@ Eight devices have an expert and two sequences each, and a capacity bounds what 
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -14,11 +15,16 @@ from jax_mla.sharding import ExpertDispatch, layouts
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.1, num_hidden_layers=2)
 BATCH, STEPS = 16, 6
+UNLIMITED = layouts.dp_attention_ep()
+# Each expert takes 3 of the 18 tokens of a device's prompts, and 1 of one token or two.
+LIMITED = dataclasses.replace(UNLIMITED, dispatch=ExpertDispatch("a2a", 0.5))
 
 
 @pytest.fixture(scope="module")
 def params():
-    return jax_mla.init(jax.random.key(0), CONFIG)
+    params = jax_mla.init(jax.random.key(0), CONFIG)
+    shardings = jax_mla.param_shardings(CONFIG, jax_mla.make_mesh(expert=8), UNLIMITED)
+    return jax.device_put(params, shardings)
 
 
 @pytest.fixture(scope="module")
@@ -30,37 +36,47 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def end(params, prompts):
-    """What the first sequence of every device writes first: there it ends."""
-    return int(np.asarray(jax_mla.forward(params, CONFIG, prompts[:1]))[0, -1].argmax())
+def prefilled(params, prompts):
+    """Logits and cache of prompts that are not padded, by the rules."""
 
+    @functools.cache
+    def prefill(rules):
+        cache = jax_mla.LatentCache.empty(CONFIG, BATCH, 9 + STEPS)
+        return jax_mla.prefill(params, CONFIG, prompts, cache, rules=rules)
 
-def generate(params, tokens, end, capacity):
-    rules = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("a2a", capacity))
-    shardings = jax_mla.param_shardings(CONFIG, jax_mla.make_mesh(expert=8), rules)
-    placed = jax.device_put(params, shardings)
-    options = {"max_new_tokens": STEPS, "eos_token_ids": (end,), "rules": rules}
-    return np.asarray(jax_mla.generate(placed, CONFIG, tokens, **options).tokens)
+    return prefill
 
 
 @pytest.fixture(scope="module")
-def unlimited(params, prompts, end):
-    tokens = generate(params, prompts, end, None)
-    assert (tokens[::2, 1:] == CONFIG.pad_token_id).all()
-    assert (tokens[1::2, 0] != end).sum() >= 6
-    return tokens
+def end(prefilled):
+    """What the first sequence of every device writes first: there it ends."""
+    first = np.asarray(prefilled(LIMITED)[0])[::2].argmax(axis=-1)
+    assert (first == first[0]).all()
+    return int(first[0])
 
 
 @pytest.fixture(scope="module")
 def limited(params, prompts, end):
-    """Room for 16 of the 128 tokens of a device's prompts, and for 1 of its 2 tokens of a step."""
-    return generate(params, prompts, end, 0.5)
+    options = {"max_new_tokens": STEPS, "eos_token_ids": (end,), "rules": LIMITED}
+    return np.asarray(jax_mla.generate(params, CONFIG, prompts, **options).tokens)
 
 
-def test_padding_takes_up_no_capacity(unlimited, limited):
+def test_padding_takes_up_no_capacity(prefilled, limited):
     """Of the second sequence the 9 tokens come after 55 of padding."""
-    np.testing.assert_array_equal(limited[:, 0], unlimited[:, 0])
+    logits, without = np.asarray(prefilled(LIMITED)[0]), np.asarray(prefilled(UNLIMITED)[0])
+    assert (np.abs(logits - without).max(axis=-1) > 0.1).sum() > BATCH // 2  # some were dropped
+    np.testing.assert_array_equal(limited[:, 0], logits.argmax(axis=-1))
 
 
-def test_rows_that_have_ended_take_up_no_capacity(unlimited, limited):
-    np.testing.assert_array_equal(limited[:, 1:], unlimited[:, 1:])
+def test_rows_that_have_ended_take_up_no_capacity(params, prefilled, limited, end):
+    """Alone on its device, a token finds room with each of its experts."""
+    logits, cache = prefilled(LIMITED)
+    written = []
+    for _ in range(STEPS):
+        written.append(np.asarray(logits).argmax(axis=-1))
+        logits, cache = jax_mla.decode_step(params, CONFIG, written[-1], cache, rules=UNLIMITED)
+    want = np.stack(written, axis=1)
+    is_after_end = np.cumsum(want == end, axis=1) - (want == end) > 0
+    want = np.where(is_after_end, CONFIG.pad_token_id, want)
+    assert (want[::2, 1:] == CONFIG.pad_token_id).all() and (want[1::2, 0] != end).sum() >= 6
+    np.testing.assert_array_equal(limited, want)

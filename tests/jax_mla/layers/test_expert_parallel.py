@@ -346,27 +346,6 @@ def test_the_router_reports_dropped_choices(rng):
     assert routing.num_dropped == dropped_of(routing.expert_index, 0.5) > 0
 
 
-def test_padding_takes_up_no_capacity(rng):
-    """Padding that comes first and chooses as the real tokens do pushes none of them out."""
-    place, many = placement("split", "a2a", 0.5), placement("split", "a2a", 8.0)
-    moe, weights = nnx.split(jax_mla.MoE(CONFIG, rngs=nnx.Rngs(0), placement=place))
-    unlimited, _ = nnx.split(jax_mla.MoE(CONFIG, rngs=nnx.Rngs(0), placement=many))
-    x = jnp.tile(normal(rng, (8, 1, CONFIG.hidden_size)), (1, 16, 1))
-    valid = jnp.broadcast_to(jnp.arange(16)[None] >= 14, (8, 16))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(graphdef, weights, x, valid):
-        layer = nnx.merge(graphdef, weights)
-        return layer(x, valid=valid), layer.route(x, valid).num_dropped
-
-    arrays = on_mesh("split", (weights, x, valid))
-    got, num_dropped = run(moe, *arrays)
-    want, _ = run(unlimited, *arrays)
-    assert num_dropped == 0
-    np.testing.assert_array_equal(got[valid], want[valid])
-    assert run(moe, *on_mesh("split", (weights, x, jnp.ones_like(valid))))[1] > 0
-
-
 def test_nothing_is_dropped_where_nothing_is_sent():
     recipe = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("a2a", 0.5))
     place = Placement(jax_mla.make_mesh(data=2).abstract_mesh, recipe)
