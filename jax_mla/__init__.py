@@ -55,11 +55,20 @@ _HOME = {
     "Block": "layers.block",
     "DeepSeek": "model",
 }
-_SUBPACKAGES = {"analysis", "cache", "checkpoint", "layers", "sharding", "text", "training"}
+_SUBPACKAGES = {
+    "analysis",
+    "cache",
+    "checkpoint",
+    "layers",
+    "serving",
+    "sharding",
+    "text",
+    "training",
+}
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from jax_mla import analysis, cache, checkpoint, layers, sharding, text, training
+    from jax_mla import analysis, cache, checkpoint, layers, serving, sharding, text, training
     from jax_mla.analysis.collectives import explain_collectives
     from jax_mla.analysis.placement import explain_sharding
     from jax_mla.cache.latent import LatentCache, PagedLatentCache

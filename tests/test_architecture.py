@@ -112,6 +112,7 @@ SUBPACKAGE_NAMES = {
         "Block", "GroupedQueryAttention", "KeyValueCache", "Linear", "MLA", "MoE", "RMSNorm",
         "SwiGLU",
     },
+    "serving": {"Request", "RequestOptions"},
     "sharding": {
         "ExpertDispatch", "MESH_AXES", "Placement", "ShardingRules", "layouts", "make_mesh",
     },
