@@ -1,21 +1,16 @@
-"""Everything the model computes equals the torch reference, family by family.
-
-`golden/README.md` says what each set covers and how it was made.
-"""
+"""Everything the model computes equals the torch reference, family by family."""
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from golden_sets import GOLDEN, NAMES, read_golden, sets_with
 
 import jax_mla
 from jax_mla.training import next_token_loss
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 FORMS = ["expanded", "absorbed"]
 KINDS = ["dense", "paged"]
 BOUND = 5e-5
@@ -24,12 +19,7 @@ BOUND = 5e-5
 @functools.cache
 def load(name):
     params, config = jax_mla.load(GOLDEN / name, dtype="float32")
-    with np.load(GOLDEN / name / "golden.npz") as file:
-        return params, config, dict(file)
-
-
-def sets_with(key):
-    return [name for name in NAMES if key in np.load(GOLDEN / name / "golden.npz").files]
+    return params, config, read_golden(name)
 
 
 def assert_near(got, want):

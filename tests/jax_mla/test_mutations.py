@@ -1,10 +1,9 @@
 """The golden logits notice each of the mistakes that a port of this model makes most easily."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from golden_sets import GOLDEN, read_golden
 
 import jax_mla
 from jax_mla.config.model import DeepSeekConfig
@@ -12,7 +11,6 @@ from jax_mla.layers.mla import module as mla
 from jax_mla.layers.moe import module as moe
 from jax_mla.params import split_abstract
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 BOUND = 5e-5  # of test_golden.py
 
 
@@ -64,8 +62,7 @@ def _forget():
 @pytest.mark.parametrize("mistake", NOTICED_BY, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_is_noticed(mistake, monkeypatch, forget):
     mistake(monkeypatch)
-    folder = GOLDEN / NOTICED_BY[mistake]
-    params, config = jax_mla.load(folder, dtype="float32")
-    with np.load(folder / "golden.npz") as golden:
-        logits = jax_mla.forward(params, config, golden["input_ids"])
-        assert np.abs(np.asarray(logits) - golden["logits"]).max() > 2 * BOUND
+    name = NOTICED_BY[mistake]
+    golden, (params, config) = read_golden(name), jax_mla.load(GOLDEN / name, dtype="float32")
+    logits = jax_mla.forward(params, config, golden["input_ids"])
+    assert np.abs(np.asarray(logits) - golden["logits"]).max() > 2 * BOUND

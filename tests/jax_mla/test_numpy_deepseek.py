@@ -1,22 +1,15 @@
 """The independent numpy model reproduces what the torch reference wrote, set by set."""
 
 import json
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import numpy_deepseek
 import pytest
+from golden_sets import GOLDEN, NAMES, read_golden, sets_with
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 FORMS = ["expanded", "absorbed"]
 BOUND = 2e-5  # float32 rounding of the reference on logits of size about 5
-
-
-def read_golden(name):
-    with np.load(GOLDEN / name / "golden.npz") as file:
-        return dict(file)
 
 
 def test_there_are_golden_sets_of_every_family():
@@ -46,7 +39,7 @@ def test_forward_matches_reference(name, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [name for name in NAMES if "gen_ids" in read_golden(name)])
+@pytest.mark.parametrize("name", sets_with("gen_ids"))
 def test_cached_steps_match_reference(name, form):
     golden, model = read_golden(name), numpy_deepseek.load(GOLDEN / name, form)
     prompt, steps = golden["input_ids"].shape[1], golden["step_logits"].shape[1]

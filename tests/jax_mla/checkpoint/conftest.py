@@ -2,15 +2,13 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_sets import GOLDEN
 from safetensors.numpy import save_file
 
 from jax_mla.checkpoint.safetensors_file import read_header
-
-GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture

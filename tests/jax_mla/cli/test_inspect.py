@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_sets import GOLDEN, NAMES
 from safetensors.numpy import save_file
 
 import jax_mla
@@ -19,8 +20,6 @@ from jax_mla.checkpoint.safetensors_file import StoredTensor
 from jax_mla.cli.inspect import part_of, summary
 from jax_mla.cli.main import main
 from jax_mla.config.leaves import leaves_of
-
-GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
 
 def inspected(capsys, folder) -> dict:
@@ -60,7 +59,7 @@ def test_parts_of_a_small_v3(capsys):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(p.parent.name for p in GOLDEN.glob("*/model.safetensors")))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_family_adds_up(name, capsys):
     found = inspected(capsys, GOLDEN / name)
     parameters, sizes = found["parameters"], found["bytes"]

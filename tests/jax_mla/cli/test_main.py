@@ -4,16 +4,15 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from golden_sets import GOLDEN
 
 import jax_mla
 from jax_mla.cli import main as command_line
 from jax_mla.cli import report
 from jax_mla.cli.main import COMMANDS, main
 
-GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 RUN = [sys.executable, "-m", "jax_mla"]
 
 

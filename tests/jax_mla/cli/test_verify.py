@@ -2,19 +2,19 @@
 
 import json
 import pickle
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_sets import GOLDEN, read_golden
 
 import jax_mla
 from jax_mla.analysis import compare_with_golden
 from jax_mla.analysis.parity import sorted_routing
 from jax_mla.cli.main import main
 
-FOLDER = Path(__file__).resolve().parents[2] / "golden/v3"
+FOLDER = GOLDEN / "v3"
 ATOL = 5e-5
 
 
@@ -32,7 +32,7 @@ def model():
 
 @pytest.fixture
 def golden():
-    return dict(np.load(FOLDER / "golden.npz"))
+    return read_golden("v3")
 
 
 def deviating(rows) -> list[str]:

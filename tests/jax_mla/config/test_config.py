@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import pytest
+from golden_sets import NAMES, read_config
 
 import jax_mla
 from jax_mla import DeepSeekConfig
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 PRESETS = ["tiny", "v2_lite", "v2", "v3", "kimi_k2"]
 YARN = {
     "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
@@ -21,7 +19,7 @@ YARN = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_configs_survive_a_round_trip(name):
-    config = DeepSeekConfig.from_hf(json.loads((GOLDEN / name / "config.json").read_text()))
+    config = read_config(name)
     assert DeepSeekConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
     hash(config)
 

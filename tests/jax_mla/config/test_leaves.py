@@ -1,13 +1,12 @@
 """The table of leaves: equal to what the layers declare, and the end of every unknown name."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from golden_sets import NAMES, read_config
 
 import jax_mla
 from jax_mla.analysis.memory import training_bytes
@@ -19,17 +18,12 @@ from jax_mla.training import Precision, Recipe, make_optimizer, update_router_bi
 from jax_mla.training.optimizer import kinds
 from jax_mla.training.pipeline import Pipeline
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 PRESETS = ("tiny", "v2_lite", "v2", "v3", "kimi_k2")
-
-
-def read(path):
-    return jax_mla.DeepSeekConfig.from_hf(json.loads(path.read_text()))
 
 
 CONFIGS = {
     **{name: getattr(jax_mla, name)() for name in PRESETS},
-    **{f"golden_{path.parent.name}": read(path) for path in GOLDEN.glob("*/config.json")},
+    **{f"golden_{name}": read_config(name) for name in NAMES},
     "biases": dataclasses.replace(jax_mla.tiny(), attention_bias=True),
     "biases_without_q_latent": dataclasses.replace(
         jax_mla.tiny(), attention_bias=True, q_lora_rank=None
