@@ -68,7 +68,7 @@ def measure(
     result = jax.block_until_ready(program(*argument_sets))
     if not is_right(result):
         return result, []
-    return result, _sample(lambda: program(*argument_sets), rounds * len(argument_sets))
+    return result, sample(lambda: program(*argument_sets), rounds * len(argument_sets))
 
 
 def num_copies(num_bytes: float) -> int:
@@ -81,7 +81,7 @@ def calls_per_sample(seconds: float) -> int:
     return min(max(1, round(SAMPLE_SECONDS / seconds)), 2000)
 
 
-def _sample(run: Callable[[], Any], calls: int) -> list[float]:
+def sample(run: Callable[[], Any], calls: int) -> list[float]:
     """Seconds per call of the program `run`, which makes `calls` calls; it has run once before."""
     samples: list[float] = []
     while not samples or (len(samples) < SAMPLES and sum(samples) * calls < TOTAL_SECONDS):
@@ -102,7 +102,7 @@ def _queued(function: Callable[..., Any], arguments: tuple) -> list[float]:
             function(*arguments)
         return function(*arguments)
 
-    return _sample(run, calls)
+    return sample(run, calls)
 
 
 @functools.cache
@@ -111,7 +111,7 @@ def copy_bytes_per_second() -> float:
     x = jax.random.bits(jax.random.key(0), (COPY_BYTES // 4,), jnp.uint32)
     program = repeat(jnp.invert, 4)
     jax.block_until_ready(program((x,)))
-    return 2 * x.nbytes / statistics.median(_sample(lambda: program((x,)), 4))
+    return 2 * x.nbytes / statistics.median(sample(lambda: program((x,)), 4))
 
 
 @functools.cache
@@ -121,4 +121,4 @@ def matmul_flops_per_second() -> float:
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
     program = repeat(jnp.dot, 20)
     jax.block_until_ready(program((a, b)))
-    return 2 * size**3 / statistics.median(_sample(lambda: program((a, b)), 20))
+    return 2 * size**3 / statistics.median(sample(lambda: program((a, b)), 20))

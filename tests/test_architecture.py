@@ -70,16 +70,6 @@ MAY_REACH = {
     "tests/jax_mla/training/test_step.py": {"train_step._cache_size"},  # how often jit compiled
     "tests/test_architecture.py": {"jax_mla._HOME", "jax_mla._SUBPACKAGES"},  # the lazy tables
 }
-# What tests still reach for: to be made public, or tested through what is.
-REACHED_TODAY = {
-    "tests/jax_mla/layers/test_mla.py": {"mla._tables"},
-    "tests/jax_mla/analysis/test_explain.py": {
-        "jax_mla.analysis.collectives._KIND", "jax_mla.analysis.collectives._group_size",
-        "jax_mla.analysis.collectives._results",
-    },
-    "tests/pallas_kernels/test_bench.py": {"bench._reference", "timing._queued"},
-    "tests/pallas_kernels/test_timing.py": {"timing._sample"},
-}  # fmt: skip
 # Simulator and compiler checks stand in for parts of JAX that have no public name.
 MAY_REACH_INTO_JAX = ("tests/kernel_tools/", "tests/pallas_kernels/test_flash_attention")
 
@@ -262,7 +252,7 @@ def test_reaches_for_no_private_name_of_another_module(path):
     reached = private_names_reached(path)
     if relative(path).startswith(MAY_REACH_INTO_JAX):
         reached = {n for n in reached if "jax_mla" in n or "pallas_kernels" in n}
-    assert reached == (MAY_REACH | REACHED_TODAY).get(relative(path), set())
+    assert reached == MAY_REACH.get(relative(path), set())
 
 
 def test_one_file_of_each_layer_maps_over_a_mesh():

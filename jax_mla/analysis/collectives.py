@@ -32,15 +32,7 @@ def explain_collectives(compiled: jax.stages.Compiled) -> tuple[list[Collective]
     Args:
       compiled: `jax.jit(step).lower(...).compile()`.
     """
-    calls: dict[tuple[str, str, int], tuple[int, int]] = {}
-    for kind, shape, size, group, times in _collectives(compiled.as_text() or ""):
-        count, sent = calls.get((kind, shape, group), (0, 0))
-        calls[kind, shape, group] = count + times, sent + times * _sent(kind, size, group)
-    rows = [
-        Collective(kind, shape, group, count, sent)
-        for (kind, shape, group), (count, sent) in calls.items()
-    ]
-    rows.sort(key=lambda row: -row.bytes_per_device)
+    rows = collectives_of(compiled.as_text() or "")
     table = [("collective", "shape", "devices", "calls", "MB/device")]
     table += [
         (r.kind, r.shape, str(r.group_size), str(r.calls), f"{r.bytes_per_device / 1e6:.3f}")
@@ -48,6 +40,19 @@ def explain_collectives(compiled: jax.stages.Compiled) -> tuple[list[Collective]
     ]
     total = sum(row.bytes_per_device for row in rows)
     return rows, aligned([*table, ("total", "", "", "", f"{total / 1e6:.3f}")])
+
+
+def collectives_of(program: str) -> list[Collective]:
+    """The collectives of a program in XLA's own text, those with the most bytes first."""
+    calls: dict[tuple[str, str, int], tuple[int, int]] = {}
+    for kind, shape, size, group, times in _collectives(program):
+        count, sent = calls.get((kind, shape, group), (0, 0))
+        calls[kind, shape, group] = count + times, sent + times * _sent(kind, size, group)
+    rows = [
+        Collective(kind, shape, group, count, sent)
+        for (kind, shape, group), (count, sent) in calls.items()
+    ]
+    return sorted(rows, key=lambda row: -row.bytes_per_device)
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) (?:\(.*\) -> .* )?\{$")

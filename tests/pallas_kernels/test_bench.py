@@ -75,8 +75,8 @@ def test_a_wrong_implementation_takes_no_time(quick, with_a_kernel, monkeypatch)
         return 2 * api.IMPLEMENTATIONS[-1].run(*arguments, **options)
 
     with_a_kernel(wrong)
-    timed, queued = [], timing._queued
-    monkeypatch.setattr(timing, "_queued", lambda *call: timed.append(call) or queued(*call))
+    timed, sample = [], timing.sample
+    monkeypatch.setattr(timing, "sample", lambda *call: timed.append(call) or sample(*call))
     ours, xla = bench.measure("grouped_matmul", workloads.QUICK[0], ["mosaic_gpu", "xla"])
     assert ours.is_wrong and xla.us is not None and len(timed) == 1
 
@@ -150,16 +150,12 @@ def test_a_kernel_that_does_not_lower_is_a_failure(quick, with_a_kernel):
 
 
 def test_a_reference_that_fails_ends_its_workload_and_not_the_run(quick, monkeypatch, tmp_path):
-    small, large = (Workload(M=8, E=2, K=K, N=4, dtype="float32") for K in (4, 8))
-    monkeypatch.setattr(workloads, "QUICK", [large, small])
-    reference = bench._reference
-
-    def no_room_for_large(workload, arrays):
-        if workload is large:
+    class TooLarge(Workload):
+        def prepare(self, arrays, implementation):
             raise RuntimeError("out of memory")
-        return reference(workload, arrays)
 
-    monkeypatch.setattr(bench, "_reference", no_room_for_large)
+    sizes = dict(M=8, E=2, K=4, N=4, dtype="float32")
+    monkeypatch.setattr(workloads, "QUICK", [TooLarge(**sizes), Workload(**sizes)])
     path = tmp_path / "figures.json"
     assert bench.main(["--quick", "grouped_matmul", "--json", str(path)]) == 1
     failed, timed = json.loads(path.read_text())["results"]

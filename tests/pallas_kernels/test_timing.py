@@ -30,7 +30,7 @@ def test_samples_are_seconds_a_call(monkeypatch):
     """A clock that advances by 0.3 s whenever it is read, for a program of 3 calls."""
     clock = iter(np.arange(0, 100, 0.3))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    samples = timing._sample(lambda: jnp.zeros(1), calls=3)
+    samples = timing.sample(lambda: jnp.zeros(1), calls=3)
     np.testing.assert_allclose(samples, 0.1)
     assert sum(samples) * 3 >= timing.TOTAL_SECONDS and len(samples) <= timing.SAMPLES
 

@@ -1,4 +1,4 @@
-"""Bytes and collectives that `explain_sharding` reports, against what each recipe must cost."""
+"""Bytes and collectives that `explain_sharding` reports, against what each layout must cost."""
 
 import dataclasses
 
@@ -6,31 +6,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
+from layouts import MESH_LAYOUTS, Layout
 
 import jax_mla
-from jax_mla.sharding import ExpertDispatch, layouts
+from jax_mla.analysis.collectives import collectives_of
+from jax_mla.sharding import layouts
 from jax_mla.sharding.placement import partition_spec
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), num_attention_heads=4, num_hidden_layers=3)
 B, T, D, LAYERS, MOE_LAYERS = 8, 16, CONFIG.hidden_size, 3, 2
 
 
-def shapes(recipe_rules, **sizes):
-    mesh = jax_mla.make_mesh(**sizes)
-    shardings = jax_mla.param_shardings(CONFIG, mesh, recipe_rules)
-    abstract = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), CONFIG))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
-
-
-def collectives(recipe_rules, **sizes):
+def collectives(layout):
     tokens = jnp.zeros((B, T), jnp.int32)
-    forward = jax.jit(lambda p: jax_mla.forward(p, CONFIG, tokens, rules=recipe_rules))
-    rows, _ = jax_mla.explain_collectives(forward.lower(shapes(recipe_rules, **sizes)).compile())
-    return rows
+    forward = jax.jit(lambda p: jax_mla.forward(p, CONFIG, tokens, rules=layout.rules))
+    compiled = forward.lower(layout.abstract_params(CONFIG)).compile()
+    return jax_mla.explain_collectives(compiled)[0]
 
 
 def total_bytes(params):
@@ -38,9 +29,10 @@ def total_bytes(params):
 
 
 def test_every_device_holds_all_of_ddp_and_an_eighth_of_zero3():
-    everything, _ = jax_mla.explain_sharding(shapes(layouts.ddp(), data=8), CONFIG)
-    eighth, _ = jax_mla.explain_sharding(shapes(layouts.zero3(), data=8), CONFIG)
-    size = total_bytes(shapes(layouts.ddp(), data=8))
+    ddp, zero3 = (MESH_LAYOUTS[name].abstract_params(CONFIG) for name in ("ddp", "zero3"))
+    everything, _ = jax_mla.explain_sharding(ddp, CONFIG)
+    eighth, _ = jax_mla.explain_sharding(zero3, CONFIG)
+    size = total_bytes(ddp)
     assert sum(row.bytes_per_device for row in everything) == size
     assert sum(row.replicated_bytes for row in everything) == pytest.approx(size * 7 / 8, rel=1e-3)
     # All but norms and the router's bias is split.
@@ -50,9 +42,8 @@ def test_every_device_holds_all_of_ddp_and_an_eighth_of_zero3():
 
 
 def test_a_row_names_its_axes():
-    rows, table = jax_mla.explain_sharding(
-        shapes(layouts.tensor_parallel(), tensor=4, expert=2), CONFIG
-    )
+    layout = Layout({"tensor": 4, "expert": 2}, layouts.tensor_parallel())
+    rows, table = jax_mla.explain_sharding(layout.abstract_params(CONFIG), CONFIG)
     row = next(row for row in rows if row.name == "moe_layers.mlp.experts.down_proj.weight")
     assert row.logical_axes == ("layers", "expert", "mlp", "embed")
     assert row.mesh_axes == ((), ("expert",), ("tensor",), ())
@@ -61,11 +52,11 @@ def test_a_row_names_its_axes():
 
 
 def test_data_parallel_forward_sends_nothing():
-    assert collectives(layouts.ddp(), data=8) == []
+    assert collectives(MESH_LAYOUTS["ddp"]) == []
 
 
 def test_tensor_parallel_sends_one_all_reduce_a_half_block():
-    rows = collectives(layouts.tensor_parallel(), tensor=4)
+    rows = collectives(MESH_LAYOUTS["tensor"])
     assert {row.kind for row in rows} == {"all-reduce"} and {row.group_size for row in rows} == {4}
     assert sum(row.calls for row in rows) == 1 + 2 * LAYERS  # the embedding, two a layer
     each = 2 * 3 / 4 * B * T * D * 4
@@ -74,8 +65,8 @@ def test_tensor_parallel_sends_one_all_reduce_a_half_block():
 
 
 def test_zero3_gathers_every_split_parameter_once():
-    rows = collectives(layouts.zero3(), data=8)
-    params = shapes(layouts.zero3(), data=8)
+    layout = Layout({"data": 8}, layouts.zero3())
+    rows, params = collectives(layout), layout.abstract_params(CONFIG)
     split = [r for r in jax_mla.explain_sharding(params)[0] if r.mesh_axes != ((),) * len(r.shape)]
     # The embedding is looked up where it lies, and its rows are exchanged.
     gathered = sum(8 * r.bytes_per_device for r in split if r.name != "embed_tokens.weight")
@@ -85,10 +76,7 @@ def test_zero3_gathers_every_split_parameter_once():
 
 @pytest.mark.parametrize("capacity", [None, 0.75], ids=["dropless", "capacity"])
 def test_expert_parallel_sends_tokens_and_no_weights(capacity):
-    recipe = dataclasses.replace(
-        layouts.dp_attention_ep(), dispatch=ExpertDispatch("a2a", capacity)
-    )
-    rows = collectives(recipe, expert=8)
+    rows = collectives(MESH_LAYOUTS["dp_attention_ep_8"].dispatching("a2a", capacity))
     assert {row.kind for row in rows} == {"all-to-all"}
     there_and_back = 2 * MOE_LAYERS
     room = 8 * T * min(CONFIG.num_experts_per_tok, CONFIG.n_routed_experts // 8)
@@ -100,7 +88,7 @@ def test_expert_parallel_sends_tokens_and_no_weights(capacity):
 
 
 def test_context_parallel_gathers_latents_and_puts_tokens_in_order():
-    rows = collectives(layouts.context_parallel(), sequence=4)
+    rows = collectives(Layout({"sequence": 4}, layouts.context_parallel()))
     sent = {(row.kind, row.calls): row.bytes_per_device for row in rows}
     T_own = T // 4
     assert sent == {
@@ -111,17 +99,18 @@ def test_context_parallel_gathers_latents_and_puts_tokens_in_order():
 
 
 def test_decoding_from_a_split_cache_sends_outputs_only():
-    recipe = layouts.context_parallel()
-    mesh = jax_mla.make_mesh(sequence=4)
+    layout = Layout({"sequence": 4}, layouts.context_parallel())
     cache = jax.eval_shape(
         lambda: jax_mla.LatentCache.empty(CONFIG, B, 64, page_size=8, num_shards=4)
     )
-    pages = NamedSharding(mesh, partition_spec(recipe, (None, ("context", "batch"), None, None)))
+    spec = partition_spec(layout.rules, (None, ("context", "batch"), None, None))
+    pages = NamedSharding(layout.mesh(), spec)
     pages = jax.ShapeDtypeStruct(cache.pages.shape, cache.pages.dtype, sharding=pages)
     cache = dataclasses.replace(cache, pages=pages)
     token = jnp.zeros(B, jnp.int32)
-    step = jax.jit(lambda p, c: jax_mla.decode_step(p, CONFIG, token, c, rules=recipe))
-    rows, _ = jax_mla.explain_collectives(step.lower(shapes(recipe, sequence=4), cache).compile())
+    step = jax.jit(lambda p, c: jax_mla.decode_step(p, CONFIG, token, c, rules=layout.rules))
+    lowered = step.lower(layout.abstract_params(CONFIG), cache)
+    rows, _ = jax_mla.explain_collectives(lowered.compile())
     assert {row.kind for row in rows} == {"all-reduce"}
     # Of each head the weighted latent and its weight, and before them the largest lse.
     numbers = CONFIG.num_attention_heads * (CONFIG.kv_lora_rank + 1 + 1)
@@ -131,6 +120,11 @@ def test_decoding_from_a_split_cache_sends_outputs_only():
 def test_arrays_on_no_mesh_are_refused():
     with pytest.raises(ValueError, match="embed_tokens must be on a mesh"):
         jax_mla.explain_sharding({"embed_tokens": jnp.zeros(3)})
+
+
+def program(line):
+    """The text of a program of one operation."""
+    return f"ENTRY %main (a: f32[8]) -> f32[8] {{\n  {line}\n}}\n"
 
 
 @pytest.mark.parametrize(
@@ -144,9 +138,8 @@ def test_arrays_on_no_mesh_are_refused():
     ],
 )
 def test_groups_are_read_in_every_spelling(groups, size):
-    from jax_mla.analysis.collectives import _group_size
-
-    assert _group_size(f"%x = f32[2] all-reduce(%y), {groups}, to_apply=%add") == size
+    (row,) = collectives_of(program(f"%x = f32[2] all-reduce(%y), {groups}, to_apply=%add"))
+    assert row.group_size == size
 
 
 @pytest.mark.parametrize(
@@ -164,7 +157,5 @@ def test_groups_are_read_in_every_spelling(groups, size):
     ids=["at once", "one", "two", "nothing given", "permute"],
 )
 def test_of_what_is_started_the_results_count(line, arrays):
-    from jax_mla.analysis.collectives import _KIND, _results
-
-    found = _results(_KIND.search(line)[1], line)
-    assert " ".join(f"{dtype}[{dims}]" for dtype, dims in found) == arrays
+    (row,) = collectives_of(program(line))
+    assert row.shape == arrays

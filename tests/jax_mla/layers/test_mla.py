@@ -14,6 +14,7 @@ import jax_mla
 from jax_mla.cache.pages import advance
 from jax_mla.layers.mla import attend
 from jax_mla.layers.mla.forms import choose_form
+from jax_mla.layers.rope import positions_of, rope_tables
 from pallas_kernels import hardware
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.2)
@@ -33,6 +34,13 @@ def layer(config, seed=0):
     rng = np.random.default_rng(seed)
     nudge = lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype)  # noqa: E731
     return nnx.merge(graphdef, jax.tree.map(nudge, state))
+
+
+def tables_of(config, x):
+    """Cosines and sines of the positions of "B T D", which count from 0."""
+    return rope_tables(
+        positions_of(x[..., 0]), config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+    )
 
 
 def written_out(mla, x):
@@ -148,7 +156,7 @@ def test_merging_many_blocks_of_context_does_not_add_rounding(monkeypatch, rng):
     new, last = jnp.asarray([256]), jnp.asarray([4])
 
     def in_two_chunks(x, cache):
-        tables = mla._tables(x)
+        tables = tables_of(config, x)
         first, second = (tuple(t[:, s] for t in tables) for s in (slice(256), slice(256, 260)))
         options = {"has_context": False, "form": "expanded"}
         _, cache = mla.prefill(x[:, :256], cache, 0, first, num_new=new, **options)
@@ -172,7 +180,7 @@ def test_ragged_chunks_over_a_cache_of_many_blocks_equal_the_equations(form, mon
     monkeypatch.setattr(attend, "CONTEXT_BLOCK", 8)
     mla = layer(CONFIG)
     x = normal(rng, (3, 41, CONFIG.hidden_size))
-    want, tables = written_out(mla, x), mla._tables(x)
+    want, tables = written_out(mla, x), tables_of(CONFIG, x)
     config = dataclasses.replace(CONFIG, num_hidden_layers=1)
     cache = jax_mla.LatentCache.empty(config, 3, 48, page_size=8)
 
@@ -200,7 +208,7 @@ def test_expanded_prefill_over_a_cache_is_two_calls_of_the_kernel(monkeypatch):
     mla = jax_mla.MLA(config, rngs=nnx.Rngs(0))
 
     def prefill(x, cache, num_new):
-        return mla.prefill(x, cache, 0, mla._tables(x), num_new=num_new, form="expanded")
+        return mla.prefill(x, cache, 0, tables_of(config, x), num_new=num_new, form="expanded")
 
     cache = jax.eval_shape(lambda: jax_mla.LatentCache.empty(config, 2, 1024))
     x = jax.ShapeDtypeStruct((2, 200, CONFIG.hidden_size), "bfloat16")
