@@ -116,10 +116,18 @@ def under(name, call):
 @pytest.mark.parametrize("transformation", ["jit", "vmap", "scan"])
 @pytest.mark.parametrize("name", CALLS)
 def test_traces(name, transformation, params, config, tokens):
+    """Results have the structure, shapes and dtypes of those outside, for each of the batches."""
+
     def call(params, tokens):
         return CALLS[name](params, config, tokens)
 
-    jax.eval_shape(under(transformation, call), params, tokens)
+    want = jax.eval_shape(call, params, tokens[0])
+    got = jax.eval_shape(under(transformation, call), params, tokens)
+    if transformation == "jit":
+        assert got == [want] * len(tokens)
+    else:
+        stack = lambda x: jax.ShapeDtypeStruct((len(tokens), *x.shape), x.dtype)  # noqa: E731
+        chex.assert_trees_all_equal_shapes_and_dtypes(got, jax.tree.map(stack, want))
 
 
 @pytest.mark.parametrize("name", ["forward, packed", "decode_step", "generate, seeds"])

@@ -13,13 +13,16 @@ from jax_mla.checkpoint import loading
 Q_A = "model.layers.0.self_attn.q_a_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def nothing_half_loaded(request, monkeypatch):
-    """A refusal comes before the first leaf is read."""
-    if request.node.originalname.startswith("test_refuses"):
-        monkeypatch.setattr(loading, "read_leaf", lambda *args, **_: pytest.fail("read a leaf"))
+@pytest.fixture
+def readers_fail(monkeypatch):
+    monkeypatch.setattr(loading, "read_leaf", lambda *args, **_: pytest.fail("read a leaf"))
 
 
+# A refusal comes before the first leaf is read.
+reads_nothing = pytest.mark.usefixtures("readers_fail")
+
+
+@reads_nothing
 def test_refuses_with_everything_listed_at_once(edited):
     def change(tensors):
         del tensors["model.norm.weight"], tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
@@ -37,6 +40,7 @@ def test_refuses_with_everything_listed_at_once(edited):
     ]
 
 
+@reads_nothing
 def test_refuses_a_long_list_with_a_count(edited):
     def change(tensors):
         for name in [name for name in tensors if ".experts." in name]:
@@ -47,6 +51,7 @@ def test_refuses_a_long_list_with_a_count(edited):
     assert len(str(refusal.value)) < 1000
 
 
+@reads_nothing
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -82,6 +87,7 @@ def test_refuses_wrong_fp8_scales(edited, change, message):
         jax_mla.load(edited("v3_fp8", change))
 
 
+@reads_nothing
 @pytest.mark.parametrize(
     "config, message",
     [
@@ -98,12 +104,14 @@ def test_refuses_what_the_config_asks_for(edited, config, message):
         jax_mla.load(edited("v3", **config))
 
 
+@reads_nothing
 def test_refuses_more_layers_than_the_config_has(edited):
     """Not every layer beyond the last is one of multi-token prediction."""
     with pytest.raises(ValueError, match=r"unexpected \(\d+\): model\.layers\.2\.input_layernorm"):
         jax_mla.load(edited("v3", num_hidden_layers=2, num_nextn_predict_layers=0))
 
 
+@reads_nothing
 def test_refuses_a_config_of_far_more_tensors_before_naming_them(edited):
     with pytest.raises(ValueError, match=r"v3 holds 139 tensors, its config.json describes about"):
         jax_mla.load(edited("v3", num_hidden_layers=10**9))
@@ -161,6 +169,7 @@ def test_accepts_a_tied_head_that_equals_the_embedding(edited):
     assert "lm_head" not in params
 
 
+@reads_nothing
 @pytest.mark.parametrize("how", ["values", "shape", "dtype"])
 def test_refuses_a_tied_head_that_differs(edited, how):
     def change(tensors):
@@ -174,6 +183,7 @@ def test_refuses_a_tied_head_that_differs(edited, how):
         jax_mla.load(edited("youtu", change))
 
 
+@reads_nothing
 def test_refuses_an_untied_model_without_a_head(edited):
     with pytest.raises(ValueError, match=r"missing \(1\): lm_head\.weight"):
         jax_mla.load(edited("youtu", tie_word_embeddings=False))

@@ -316,7 +316,8 @@ def test_too_many_positions_are_refused(params, prompts):
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_promotes_no_dtype_silently(options, params, prompts):
     with jax.numpy_dtype_promotion("strict"):
-        jax.eval_shape(lambda params: run(params, prompts, **options), params)
+        shape = jax.eval_shape(lambda params: run(params, prompts, **options), params)
+    assert (shape.tokens.dtype, shape.lengths.dtype) == ("int32", "int32")
 
 
 @pytest.fixture(scope="module")
