@@ -1,5 +1,6 @@
-"""Experts over devices: what is sent where, what finds no room, and each dispatcher's result."""
+"""Experts over devices: every dispatcher's result, and what a capacity leaves out."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -9,143 +10,121 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as st_numpy
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 from kernel_tools import aot
+from layouts import MESH_LAYOUTS, Layout, slow_unless
 from numerics import assert_close, normal
 
 import jax_mla
 from jax_mla.layers.linear import ExpertPool
-from jax_mla.layers.moe.exchange import padded_slots, ragged_sizes, received_experts
 from jax_mla.layers.moe.experts import apply_local
 from jax_mla.layers.moe.on_mesh import apply_on_mesh, count_dropped
-from jax_mla.sharding import ExpertDispatch, layouts
-from jax_mla.sharding.axes import MESH_AXES
-from jax_mla.sharding.placement import Placement, partition_spec
+from jax_mla.sharding import layouts
+from jax_mla.sharding.placement import partition_spec
 from jax_mla.training import next_token_loss
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), num_attention_heads=4, num_hidden_layers=3)
-E, A, D, F = 16, 3, 8, 4
-B, T = 8, 6
-# Tokens split over the devices of the experts, not split, and one after the other.
+
+# Of the layers here that are experts alone.
+NUM_EXPERTS, NUM_CHOSEN, MODEL_WIDTH, EXPERT_WIDTH = 16, 3, 8, 4
+SHAPE = 8, 6  # sequences, tokens of each
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLayout:
+    """A layout, and who sends tokens to whom, worked out by hand.
+
+    Attributes:
+      expert_devices: how many hold different experts.
+      batch_parts: how many parts the sequences are divided into.
+      senders: devices that share the tokens of one part, one run of them each.
+    """
+
+    layout: Layout
+    expert_devices: int
+    batch_parts: int
+    senders: int
+
+
 LAYOUTS = {
-    "split": ({"expert": 8}, layouts.dp_attention_ep()),
-    "replicated": ({"data": 2, "expert": 4}, layouts.tensor_parallel()),
-    "two_axes": (
-        {"tensor": 2, "expert": 4},
-        dataclasses.replace(layouts.dp_attention_ep(), expert=("expert", "tensor")),
+    # Every device has sequences of its own.
+    "split": ExpertLayout(MESH_LAYOUTS["dp_attention_ep_8"], 8, batch_parts=8, senders=1),
+    # The devices of the experts have the same sequences.
+    "replicated": ExpertLayout(MESH_LAYOUTS["data_expert"], 4, batch_parts=2, senders=4),
+    # Experts on two axes, one of which divides the sequences.
+    "two_axes": ExpertLayout(
+        Layout(
+            {"tensor": 2, "expert": 4},
+            dataclasses.replace(layouts.dp_attention_ep(), expert=("expert", "tensor")),
+        ),
+        8, batch_parts=4, senders=2,
     ),
-    "width": ({"tensor": 2, "expert": 4}, layouts.tensor_parallel()),
-}
-
-# Devices that the experts are on; parts of the batch; devices that share each part's tokens.
-SENDERS = {"split": (8, 8, 1), "replicated": (4, 2, 4), "two_axes": (8, 4, 2), "width": (4, 1, 4)}
-
-
-def some(cases, main):
-    """All but the main ones marked slow."""
-    return [c if c in main else pytest.param(c, marks=pytest.mark.slow) for c in cases]
+    # Each expert's width divided as well.
+    "width": ExpertLayout(
+        Layout({"tensor": 2, "expert": 4}, layouts.tensor_parallel()),
+        4, batch_parts=1, senders=4,
+    ),
+}  # fmt: skip
 
 
-def placement(layout, dispatch, capacity=None):
-    sizes, base = LAYOUTS[layout]
-    chosen = dataclasses.replace(base, dispatch=ExpertDispatch(dispatch, capacity))
-    return Placement(abstract_mesh(**sizes), chosen)
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Of the experts of a layer, and of its backward pass: (x, index, weight, experts), dy."""
+
+    x: jax.Array
+    expert_weight: jax.Array
+    experts: tuple[ExpertPool, ExpertPool, ExpertPool]
+    dy: jax.Array
+
+    def choosing(self, expert_index) -> tuple:
+        return self.x, jnp.asarray(expert_index), self.expert_weight, self.experts, self.dy
 
 
-def abstract_mesh(**sizes):
-    """Of no devices, so that no platform is known that a dispatcher could not run on."""
-    axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    return AbstractMesh(shape, MESH_AXES, axis_types=axis_types)
-
-
-def layer(rng, shape=(B, T)):
-    """Tokens, the weights of their experts, and the experts of one layer of a pool of two."""
-    x, expert_weight = normal(rng, (*shape, D)), normal(rng, (*shape, A))
-    return (
-        x,
-        expert_weight,
-        tuple(ExpertPool(normal(rng, (2, E, *shape))) for shape in ((D, F), (D, F), (F, D))),
+def random_inputs(rng, shape=SHAPE) -> Inputs:
+    """Experts are those of one layer of a pool of two."""
+    up, down = (MODEL_WIDTH, EXPERT_WIDTH), (EXPERT_WIDTH, MODEL_WIDTH)
+    return Inputs(
+        normal(rng, (*shape, MODEL_WIDTH)),
+        normal(rng, (*shape, NUM_CHOSEN)),
+        tuple(ExpertPool(normal(rng, (2, NUM_EXPERTS, *size))) for size in (up, up, down)),
+        normal(rng, (*shape, MODEL_WIDTH)),
     )
 
 
-def routings(rng, shape=(B, T)):
-    """Random choices; the fewest experts, which all are on the first device; and on the last."""
-    index = np.stack([rng.permutation(E)[:A] for _ in range(math.prod(shape))])
-    few = (np.tile(first, (*shape, 1)) for first in (np.arange(A), E - 1 - np.arange(A)))
-    return [index.reshape(*shape, A), *few]
-
-
-def on_mesh(layout, arrays):
-    """Replicated on the layout's mesh: shard_map takes of it what it needs."""
-    mesh = jax_mla.make_mesh(**LAYOUTS[layout][0])
-    return jax.device_put(arrays, NamedSharding(mesh, jax.sharding.PartitionSpec()))
+def routings(rng, shape=SHAPE):
+    """Random choices; the fewest experts, all on the first device; the same on the last one."""
+    of_token = [rng.permutation(NUM_EXPERTS)[:NUM_CHOSEN] for _ in range(math.prod(shape))]
+    first = np.arange(NUM_CHOSEN)
+    few = (np.tile(experts, (*shape, 1)) for experts in (first, NUM_EXPERTS - 1 - first))
+    return [np.reshape(of_token, (*shape, NUM_CHOSEN)), *few]
 
 
 @jax.jit
-def unsharded(x, index, weight, weights):
+def unsharded(x, index, weight, experts):
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, index, weight))
-    return apply_local(*flat, weights, 1).reshape(x.shape)
+    return apply_local(*flat, experts, 1).reshape(x.shape)
 
 
-def numpy_ragged_all_to_all(operands, num_rows, counts):
-    """What JAX's documentation says of it, for all devices at once."""
-    n = len(operands)
-    sizes = [jax.tree.map(np.asarray, jax.jit(ragged_sizes)(counts, r)) for r in range(n)]
-    results = [np.full((num_rows, operands[0].shape[1]), -1) for _ in range(n)]
-    for source, mine in enumerate(sizes):
-        for to in range(n):
-            begin, size = mine.input_offsets[to], mine.send_sizes[to]
-            assert sizes[to].recv_sizes[source] == size
-            at = mine.output_offsets[to]
-            results[to][at : at + size] = operands[source][begin : begin + size]
-    return results
+def results_and_gradients(apply, x, index, weight, experts, dy):
+    """y, and the gradients of sum(y * dy)."""
+
+    def objective(x, weight, experts):
+        y = apply(x, index, weight, experts)
+        return jnp.sum(y * dy), y
+
+    return jax.grad(objective, argnums=(0, 1, 2), has_aux=True)(x, weight, experts)
 
 
-@given(st_numpy.arrays(np.int32, (3, 3, 2), elements=st.integers(0, 3)))
-def test_ragged_rows_arrive_by_source_and_expert_and_return(counts):
-    n, _, own = counts.shape
-    room = 3 * counts.size  # for all rows on one device
-
-    def rows(pairs):
-        of_pairs = [
-            (s, d, e, i) for s, d in pairs for e in range(own) for i in range(counts[s, d, e])
-        ]
-        return np.asarray(of_pairs, int).reshape(-1, 4)
-
-    sent = [rows((s, d) for d in range(n)) for s in range(n)]
-    received = numpy_ragged_all_to_all(sent, room, counts.sum(-1))
-    for d in range(n):
-        want = rows((s, d) for s in range(n))
-        np.testing.assert_array_equal(received[d][: len(want)], want)
-        assert (received[d][len(want) :] == -1).all()
-        expert = jax.jit(received_experts, static_argnums=1)(counts[:, d], room)
-        np.testing.assert_array_equal(expert, [*want[:, 2], *[own] * (room - len(want))])
-    returned = numpy_ragged_all_to_all(received, room, counts.sum(-1).T)
-    for s in range(n):
-        np.testing.assert_array_equal(returned[s][: len(sent[s])], sent[s])
+of_unsharded = jax.jit(functools.partial(results_and_gradients, unsharded))
 
 
-@given(
-    st.lists(st.integers(-1, 7), min_size=12, max_size=12),
-    st.integers(1, 13),
-    st.sampled_from([1, 2]),
-)
-def test_the_first_rows_for_a_device_find_room(expert, room, own):
-    num_devices, seen, want = 8 // own, {}, []
-    for e in expert:
-        place = seen[e // own] = seen.get(e // own, -1) + 1
-        fits = e >= 0 and place < room
-        want.append(e // own * room + place if fits else num_devices * room)
-    slots = jax.jit(padded_slots, static_argnums=(1, 2))
-    np.testing.assert_array_equal(slots(jnp.asarray(expert), own, num_devices, room), want)
+def of_sharded(layout: Layout):
+    place = layout.placement()
+    return jax.jit(functools.partial(results_and_gradients, lambda *a: apply_on_mesh(*a, 1, place)))
 
 
-def all_gathered(
+def ragged_by_all_gather(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name, **_
 ):
     """ragged_all_to_all by a collective that XLA has on CPU."""
@@ -164,227 +143,184 @@ def all_gathered(
     return output
 
 
-@pytest.fixture
-def emulated():
-    """A CPU that can run the primitive; how it is differentiated stays JAX's own."""
-    twin = mlir.lower_fun(all_gathered, multiple_results=False)
-    mlir.register_lowering(jax.lax.ragged_all_to_all_p, twin, platform="cpu")
+@pytest.fixture(scope="module")
+def ragged_runs_on_cpu():
+    """XLA cannot run a ragged all-to-all on CPUs, and JAX can be told how to lower one there.
+
+    So everything above XLA is tested: what is sent, and how JAX differentiates it.
+    """
+    lowering = mlir.lower_fun(ragged_by_all_gather, multiple_results=False)
+    mlir.register_lowering(jax.lax.ragged_all_to_all_p, lowering, platform="cpu")
 
 
-def gradients(apply, x, index, weight, weights, dy):
-    """Of sum(y * dy), and y."""
-
-    def objective(x, weight, weights):
-        y = apply(x, index, weight, weights)
-        return jnp.sum(y * dy), y
-
-    return jax.grad(objective, argnums=(0, 1, 2), has_aux=True)(x, weight, weights)
-
-
-wanted_gradients = jax.jit(functools.partial(gradients, unsharded))
-
-
-@pytest.mark.parametrize("layout", some(LAYOUTS, ["split", "two_axes"]))
-@pytest.mark.parametrize("dispatch", some(["ragged", "a2a", "dense"], ["ragged"]))
-def test_dispatchers_equal_the_unsharded_layer(dispatch, layout, rng, emulated):
-    x, weight, weights = layer(rng)
-    dy, place = normal(rng, x.shape), placement(layout, dispatch)
-    sharded = jax.jit(functools.partial(gradients, lambda *a: apply_on_mesh(*a, 1, place)))
+@pytest.mark.usefixtures("ragged_runs_on_cpu")
+@pytest.mark.parametrize("name", slow_unless(["split", "two_axes"], LAYOUTS))
+@pytest.mark.parametrize("method", slow_unless(["ragged"], ["ragged", "a2a", "dense"]))
+def test_dispatchers_equal_the_unsharded_layer(method, name, rng):
+    layout, inputs = LAYOUTS[name].layout.dispatching(method), random_inputs(rng)
+    sharded = of_sharded(layout)
     for index in routings(rng):
-        arrays = (x, jnp.asarray(index), weight, weights, dy)
-        got, want = sharded(*on_mesh(layout, arrays)), wanted_gradients(*arrays)
+        arrays = inputs.choosing(index)
+        got, want = sharded(*layout.replicate(arrays)), of_unsharded(*arrays)
         jax.tree.map(lambda g, w: assert_close(g, w, "float32"), got, want)
 
 
-@pytest.mark.parametrize("layout", some(["replicated", "two_axes", "width"], ["replicated"]))
-@pytest.mark.parametrize("dispatch", some(["ragged", "a2a"], ["a2a"]))
-def test_tokens_that_cannot_be_shared_evenly(dispatch, layout, rng, emulated):
+@pytest.mark.usefixtures("ragged_runs_on_cpu")
+@pytest.mark.parametrize("name", slow_unless(["replicated"], ["replicated", "two_axes", "width"]))
+@pytest.mark.parametrize("method", slow_unless(["a2a"], ["ragged", "a2a"]))
+def test_tokens_that_cannot_be_shared_evenly(method, name, rng):
     """Five tokens among two or four devices: the last ones get less, or nothing."""
-    shape = (SENDERS[layout][1], 5)
-    x, weight, weights = layer(rng, shape)
-    dy, place = normal(rng, x.shape), placement(layout, dispatch)
-    sharded = jax.jit(functools.partial(gradients, lambda *a: apply_on_mesh(*a, 1, place)))
+    layout, shape = LAYOUTS[name].layout.dispatching(method), (LAYOUTS[name].batch_parts, 5)
+    inputs, sharded = random_inputs(rng, shape), of_sharded(layout)
     for index in routings(rng, shape):
-        arrays = (x, jnp.asarray(index), weight, weights, dy)
-        got, want = sharded(*on_mesh(layout, arrays)), wanted_gradients(*arrays)
+        arrays = inputs.choosing(index)
+        got, want = sharded(*layout.replicate(arrays)), of_unsharded(*arrays)
         jax.tree.map(lambda g, w: assert_close(g, w, "float32"), got, want)
 
 
 def test_ragged_is_refused_on_a_cpu():
     message = r"'ragged' cannot run on platform 'cpu', .* use 'a2a' or 'dense'"
-    recipe = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("ragged"))
-    mesh = jax_mla.make_mesh(expert=8)
-    shapes = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), CONFIG))
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        jax_mla.param_shardings(CONFIG, mesh, layouts.dp_attention_ep()),
-    )
+    on_experts = MESH_LAYOUTS["dp_attention_ep_8"].dispatching("ragged")
     tokens = np.zeros((8, 4), np.int32)
+    forward = jax.jit(lambda p: jax_mla.forward(p, CONFIG, tokens, rules=on_experts.rules))
     with pytest.raises(NotImplementedError, match=message):
-        jax.jit(lambda p: jax_mla.forward(p, CONFIG, tokens, rules=recipe)).trace(placed)
+        forward.trace(on_experts.abstract_params(CONFIG))
     # Without experts on several devices there is nothing to send.
-    mesh = jax_mla.make_mesh(data=8)
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        jax_mla.param_shardings(CONFIG, mesh, recipe),
-    )
-    jax.jit(lambda p: jax_mla.forward(p, CONFIG, tokens, rules=recipe)).trace(placed)
+    forward.trace(Layout({"data": 8}, on_experts.rules).abstract_params(CONFIG))
 
 
-def lowered(mesh, function):
-    """For NVIDIA GPUs, of the ragged dispatcher on a mesh of them."""
-    recipe = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("ragged"))
-    shapes = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), CONFIG))
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        jax_mla.param_shardings(CONFIG, mesh, recipe),
-    )
-    where = NamedSharding(mesh, partition_spec(recipe, ("batch", None)))
+def lowered_for_gpus(mesh, transformation):
+    """The loss, or its gradient, with the ragged dispatcher."""
+    layout = MESH_LAYOUTS["dp_attention_ep_8"].dispatching("ragged")
+    where = NamedSharding(mesh, partition_spec(layout.rules, ("batch", None)))
     tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=where)
 
     def loss(params, tokens):
-        return next_token_loss(params, CONFIG, tokens, rules=recipe).loss
+        return next_token_loss(params, CONFIG, tokens, rules=layout.rules).loss
 
-    traced = jax.jit(function(loss)).trace(placed, tokens)
+    traced = jax.jit(transformation(loss)).trace(layout.abstract_params(CONFIG, mesh), tokens)
     return traced.lower(lowering_platforms=("cuda",))
 
 
 # There and back, and the same backwards; remat is off, so nothing is sent twice.
 @pytest.mark.parametrize(
-    ("function", "calls"), [(lambda f: f, 2), (jax.grad, 4)], ids=["loss", "grad"]
+    ("transformation", "calls"), [(lambda f: f, 2), (jax.grad, 4)], ids=["loss", "grad"]
 )
-def test_ragged_lowers_for_gpus(function, calls):
-    text = lowered(abstract_mesh(expert=8), function).as_text()
+def test_ragged_lowers_for_gpus(transformation, calls):
+    mesh = MESH_LAYOUTS["dp_attention_ep_8"].abstract_mesh()
+    text = lowered_for_gpus(mesh, transformation).as_text()
     assert text.count("stablehlo.custom_call @ragged_all_to_all") == calls
 
 
 @pytest.mark.kernel_aot
 def test_ragged_compiles_for_eight_h200s():
-    mesh = jax_mla.make_mesh(expert=8, devices=aot.h200_devices(8))
-    rows, _ = jax_mla.explain_collectives(lowered(mesh, jax.grad).compile())
+    mesh = MESH_LAYOUTS["dp_attention_ep_8"].mesh(aot.h200_devices(8))
+    rows, _ = jax_mla.explain_collectives(lowered_for_gpus(mesh, jax.grad).compile())
     ragged = [row for row in rows if row.kind == "ragged-all-to-all"]
     assert {row.group_size for row in ragged} == {8}
-    # Two MoE layers; what is received of M tokens has room for those of all devices.
-    M, active, width = 8 * 4 // 8, CONFIG.num_experts_per_tok, CONFIG.hidden_size
-    per_device = min(active, CONFIG.n_routed_experts // 8)
+    # Two MoE layers; what a device receives has room for the rows of all devices.
+    own_tokens, chosen, width = 8 * 4 // 8, CONFIG.num_experts_per_tok, CONFIG.hidden_size
+    received = 8 * own_tokens * min(chosen, CONFIG.n_routed_experts // 8)
     assert {(row.shape, row.calls) for row in ragged} == {
-        (f"f32[{8 * M * per_device},{width}]", 4),
-        (f"f32[{M * active},{width}]", 4),
+        (f"f32[{received},{width}]", 4),
+        (f"f32[{own_tokens * chosen},{width}]", 4),
     }
 
 
-def kept(index, layout, capacity):
-    """Which choices find room, counted by hand: a device's tokens take it in their order."""
-    num_devices, parts_of_batch, parts_of_tokens = SENDERS[layout]
-    is_kept = np.zeros(index.shape, bool).reshape(parts_of_batch, -1, A)
-    for choices, keeps in zip(index.reshape(parts_of_batch, -1, A), is_kept, strict=True):
-        size = -(-len(choices) // parts_of_tokens)
-        room = min(np.ceil(capacity * size * A / num_devices), size * min(A, E // num_devices))
-        for begin in range(0, len(choices), size):
-            sent = np.zeros(num_devices, int)
-            for token in range(begin, min(begin + size, len(choices))):
-                for a, expert in enumerate(choices[token]):
-                    to = expert * num_devices // E
-                    keeps[token, a] = sent[to] < room
-                    sent[to] += 1
-    return is_kept.reshape(index.shape)
+def first_that_fit(choices, room, num_devices):
+    """Of the choices "tokens NUM_CHOSEN" of one device, the first `room` for every other device."""
+    fits, num_sent = np.zeros(choices.shape, bool), collections.Counter()
+    for at in np.ndindex(choices.shape):
+        device = choices[at] * num_devices // NUM_EXPERTS
+        fits[at] = num_sent[device] < room
+        num_sent[device] += 1
+    return fits
 
 
-@pytest.mark.parametrize("num_tokens", [T, pytest.param(5, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", some(LAYOUTS, ["split", "replicated"]))
-def test_capacity_leaves_out_the_last_tokens_and_counts_them(layout, num_tokens, rng):
+def find_room(index, layout: ExpertLayout, capacity):
+    """Which choices are not dropped, counted by hand: tokens take up room in their order."""
+    parts = index.reshape(layout.batch_parts, -1, NUM_CHOSEN)
+    num_tokens = math.ceil(parts.shape[1] / layout.senders)  # of one sender; the last has fewer
+    per_device = NUM_EXPERTS // layout.expert_devices
+    room = min(
+        math.ceil(capacity * num_tokens * NUM_CHOSEN / layout.expert_devices),
+        num_tokens * min(NUM_CHOSEN, per_device),
+    )
+    runs = [
+        run
+        for part in parts
+        for run in np.split(part, range(num_tokens, parts.shape[1], num_tokens))
+    ]
+    fits = [first_that_fit(run, room, layout.expert_devices) for run in runs]
+    return np.concatenate(fits).reshape(index.shape)
+
+
+@pytest.mark.parametrize("num_tokens", [SHAPE[1], pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_unless(["split", "replicated"], LAYOUTS))
+def test_capacity_leaves_out_the_last_tokens_and_counts_them(name, num_tokens, rng):
     """What is left out adds nothing to the results, nor to any gradient."""
-    shape = (B if num_tokens == T else SENDERS[layout][1], num_tokens)
-    x, weight, weights = layer(rng, shape)
-    dy, capacity, dropped = normal(rng, x.shape), 0.75, []
-    place = placement(layout, "a2a", capacity)
+    of_experts, capacity, dropped = LAYOUTS[name], 0.75, []
+    layout = of_experts.layout.dispatching("a2a", capacity)
+    shape = (SHAPE[0] if num_tokens == SHAPE[1] else of_experts.batch_parts, num_tokens)
+    inputs, place = random_inputs(rng, shape), layout.placement()
 
     @jax.jit
-    def sharded(x, index, weight, weights, dy):
-        found = gradients(lambda *a: apply_on_mesh(*a, 1, place), x, index, weight, weights, dy)
-        return found, count_dropped(index, E, place)
+    def sharded(*arrays):
+        found = results_and_gradients(lambda *a: apply_on_mesh(*a, 1, place), *arrays)
+        return found, count_dropped(arrays[1], NUM_EXPERTS, place)
 
     for index in routings(rng, shape):
-        is_kept = kept(index, layout, capacity)
-        arrays = (x, jnp.asarray(index), weight, weights, dy)
-        got, num_dropped = sharded(*on_mesh(layout, arrays))
-        assert num_dropped == (~is_kept).sum()
+        fits = find_room(index, of_experts, capacity)
+        got, num_dropped = sharded(*layout.replicate(inputs.choosing(index)))
+        assert num_dropped == (~fits).sum()
         dropped.append(num_dropped)
-        want = wanted_gradients(x, jnp.where(is_kept, index, -1), weight, weights, dy)
+        want = of_unsharded(*inputs.choosing(np.where(fits, index, -1)))
         jax.tree.map(lambda g, w: assert_close(g, w, "float32"), got, want)
     assert min(dropped[1:]) > 0  # random choices of few tokens may all find room
 
 
-@pytest.mark.parametrize("layout", some(LAYOUTS, ["split"]))
-def test_capacity_for_all_changes_no_bit(layout, rng):
-    x, weight, weights = layer(rng)
-    index = jnp.asarray(routings(rng)[0])
-    arrays = on_mesh(layout, (x, index, weight, weights))
-    without, large = placement(layout, "a2a"), placement(layout, "a2a", 8.0)
-    want = jax.jit(lambda *a: apply_on_mesh(*a, 1, without))(*arrays)
-    got = jax.jit(lambda *a: apply_on_mesh(*a, 1, large))(*arrays)
+@pytest.mark.parametrize("name", slow_unless(["split"], LAYOUTS))
+def test_capacity_for_all_changes_no_bit(name, rng):
+    without = LAYOUTS[name].layout.dispatching("a2a")
+    *arrays, _ = without.replicate(random_inputs(rng).choosing(routings(rng)[0]))
+    places = without.placement(), without.dispatching("a2a", capacity=8.0).placement()
+    want, got = (jax.jit(lambda *a, at=at: apply_on_mesh(*a, 1, at))(*arrays) for at in places)
     np.testing.assert_array_equal(got, want)
-    assert jax.jit(lambda i: count_dropped(i, E, large))(arrays[1]) == 0
+    assert jax.jit(lambda i: count_dropped(i, NUM_EXPERTS, places[1]))(arrays[1]) == 0
 
 
 def dropped_of(index, capacity):
     """Of choices "B T A" with a row and an expert on each of eight devices."""
-    num_tokens, active = index.shape[1:]
+    num_tokens, chosen = index.shape[1:]
     counts = np.asarray([np.bincount(row.reshape(-1), minlength=8) for row in np.asarray(index)])
-    return np.maximum(counts - np.ceil(capacity * num_tokens * active / 8), 0).sum()
+    return np.maximum(counts - np.ceil(capacity * num_tokens * chosen / 8), 0).sum()
 
 
 def test_the_router_reports_dropped_choices(rng):
-    place = placement("split", "a2a", 0.5)
-    graphdef, state = nnx.split(jax_mla.MoE(CONFIG, rngs=nnx.Rngs(0), placement=place))
+    layout = MESH_LAYOUTS["dp_attention_ep_8"].dispatching("a2a", 0.5)
+    moe = jax_mla.MoE(CONFIG, rngs=nnx.Rngs(0), placement=layout.placement())
+    graphdef, state = nnx.split(moe)
     x = normal(rng, (8, 16, CONFIG.hidden_size))
     route = jax.jit(lambda state, x: nnx.merge(graphdef, state).route(x))
-    routing = route(*on_mesh("split", (state, x)))
+    routing = route(*layout.replicate((state, x)))
     assert routing.num_dropped == dropped_of(routing.expert_index, 0.5) > 0
 
 
 def test_nothing_is_dropped_where_nothing_is_sent():
-    recipe = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("a2a", 0.5))
-    place = Placement(jax_mla.make_mesh(data=2).abstract_mesh, recipe)
-    assert count_dropped(jnp.zeros((2, 3, 2), jnp.int32), E, place) == 0
+    place = Layout({"data": 2}, layouts.dp_attention_ep()).dispatching("a2a", 0.5).placement()
+    assert count_dropped(jnp.zeros((2, 3, 2), jnp.int32), NUM_EXPERTS, place) == 0
 
 
 @pytest.mark.slow
 def test_forward_trace_and_loss_report_dropped_choices():
-    recipe = dataclasses.replace(layouts.dp_attention_ep(), dispatch=ExpertDispatch("a2a", 0.5))
-    mesh = jax_mla.make_mesh(expert=8)
-    params = jax_mla.init(jax.random.key(0), CONFIG)
-    params = jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, recipe))
+    layout = MESH_LAYOUTS["dp_attention_ep_8"].dispatching("a2a", 0.5)
+    params = layout.place(jax_mla.init(jax.random.key(0), CONFIG), CONFIG)
     tokens = np.random.default_rng(0).integers(0, 256, (8, 16))
-    trace = jax_mla.forward_trace(params, CONFIG, tokens, rules=recipe)
+    trace = jax_mla.forward_trace(params, CONFIG, tokens, rules=layout.rules)
     dropped = [dropped_of(of_layer, 0.5) for of_layer in trace.expert_index]
     np.testing.assert_array_equal(trace.num_dropped, dropped)
-    assert next_token_loss(params, CONFIG, tokens, rules=recipe).num_dropped == sum(dropped) > 0
-    recipe = dataclasses.replace(recipe, dispatch=ExpertDispatch("a2a"))
-    trace = functools.partial(jax_mla.forward_trace, config=CONFIG, tokens=tokens, rules=recipe)
+    loss = next_token_loss(params, CONFIG, tokens, rules=layout.rules)
+    assert loss.num_dropped == sum(dropped) > 0
+    rules = layout.dispatching("a2a").rules
+    trace = functools.partial(jax_mla.forward_trace, config=CONFIG, tokens=tokens, rules=rules)
     assert jax.eval_shape(lambda params: trace(params).num_dropped, params) is None
-
-
-@pytest.mark.parametrize(
-    ("capacity", "dispatch", "message"),
-    [
-        (0, "a2a", "must be a number above 0, got 0"),
-        (-1.5, "a2a", "must be a number above 0, got -1.5"),
-        (float("nan"), "a2a", "must be a number above 0, got nan"),
-        (True, "a2a", "must be a number above 0, got True"),
-        (1.5, "dense", "'a2a'.* got capacity=1.5 with method='dense'"),
-        (1.5, "ragged", "'a2a'.* got capacity=1.5 with method='ragged'"),
-        (None, "send", "method must be one of dense, a2a, ragged, got 'send'"),
-    ],
-)
-def test_impossible_capacity_is_refused(capacity, dispatch, message):
-    with pytest.raises(ValueError, match=message):
-        ExpertDispatch(dispatch, capacity)
-
-
-def test_a_dispatch_is_an_object():
-    with pytest.raises(ValueError, match="dispatch must be an ExpertDispatch, got 'a2a'"):
-        jax_mla.ShardingRules(dispatch="a2a")

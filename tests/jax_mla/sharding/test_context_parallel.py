@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from kernel_tools import aot
+from layouts import MESH_LAYOUTS
 from numerics import assert_close, normal
 
 import jax_mla
@@ -19,7 +20,6 @@ from jax_mla.cache.shards import own_lengths
 from jax_mla.layers.mla.attend import NewTokens, attend_new, merge_over_devices
 from jax_mla.layers.mla.on_mesh import from_stripes, to_stripes
 from jax_mla.layers.mla.stripes import gather_stripes, stripe_order
-from jax_mla.sharding import layouts
 from jax_mla.sharding.placement import Placement, partition_spec
 from jax_mla.training import Recipe, next_token_loss
 from jax_mla.training.batch import check_rows
@@ -32,14 +32,14 @@ CONFIG = dataclasses.replace(
     num_hidden_layers=2,
     first_k_dense_replace=2,  # no experts: what is split here are positions
 )
-RULES = layouts.context_parallel()
-SHARDS, B, T = 4, 4, 32
-SIZES = {"data": 2, "sequence": SHARDS}
+LAYOUT = MESH_LAYOUTS["context"]
+RULES, SHARDS = LAYOUT.rules, LAYOUT.axes["sequence"]
+B, T = 4, 32
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax_mla.make_mesh(**SIZES)
+    return LAYOUT.mesh()
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def placed(params, mesh):
-    return jax.device_put(params, jax_mla.param_shardings(CONFIG, mesh, RULES))
+def placed(params):
+    return LAYOUT.place(params, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +112,19 @@ def test_every_device_sees_equally_many_keys(form, mesh, rng):
 
 
 @pytest.mark.slow
-def test_trace_is_in_the_order_of_positions(mesh, tokens):
+def test_trace_is_in_the_order_of_positions(tokens):
     config = dataclasses.replace(CONFIG, num_hidden_layers=1, first_k_dense_replace=0)
     params = jax_mla.init(jax.random.key(0), config)
     want = jax_mla.forward_trace(params, config, tokens)
-    params = jax.device_put(params, jax_mla.param_shardings(config, mesh, RULES))
+    params = LAYOUT.place(params, config)
     got = jax_mla.forward_trace(params, config, tokens, rules=RULES)
     assert_close(got.logits, want.logits, "float32")
     assert_close(got.hidden_states, want.hidden_states, "float32")
     np.testing.assert_array_equal(np.sort(got.expert_index), np.sort(want.expert_index))
 
 
-def test_gradients_of_a_layer_with_packed_segments(mesh, rng):
-    place = Placement(mesh.abstract_mesh, RULES)
+def test_gradients_of_a_layer_with_packed_segments(rng):
+    place = LAYOUT.placement()
     segments = jnp.asarray(np.sort(rng.integers(0, 4, (B, T))))
     x, dy = (normal(rng, (B, T, CONFIG.hidden_size)) for _ in range(2))
     weights = nnx.split(jax_mla.MLA(CONFIG, rngs=nnx.Rngs(0)))[1]
@@ -140,15 +140,15 @@ def test_gradients_of_a_layer_with_packed_segments(mesh, rng):
 
     gradients = jax.jit(gradients, static_argnums=3)
     want = gradients(weights, x, segments, None)
-    arrays = jax.device_put((weights, x, segments), NamedSharding(mesh, P()))
+    arrays = LAYOUT.replicate((weights, x, segments))
     jax.tree.map(lambda g, w: assert_close(g, w, "float32"), gradients(*arrays, place), want)
 
 
 @pytest.mark.slow
 def test_loss_and_gradients(params, placed, tokens):
-    def value_and_grad(params, recipe):
+    def value_and_grad(params, rules):
         def loss(params):
-            return next_token_loss(params, CONFIG, tokens, rules=recipe).loss
+            return next_token_loss(params, CONFIG, tokens, rules=rules).loss
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -222,12 +222,7 @@ def test_kernels_compile_for_eight_h200s(program, monkeypatch):
         sharding = NamedSharding(mesh, partition_spec(RULES, axes))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    shapes = jax.eval_shape(lambda: jax_mla.init(jax.random.key(0), config))
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        jax_mla.param_shardings(config, mesh, RULES),
-    )
+    placed = LAYOUT.abstract_params(config, mesh)
     cache = jax.eval_shape(lambda: jax_mla.LatentCache.empty(config, 2, 4096, num_shards=8))
     pages = on_mesh(cache.pages, None, ("context", "batch"), None, None)
     cache = dataclasses.replace(cache, pages=pages, lengths=on_mesh(cache.lengths, "batch"))

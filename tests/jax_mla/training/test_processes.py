@@ -10,27 +10,23 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.tree_util import keystr
+from layouts import MESH_LAYOUTS
 from numerics import assert_close
 
 import jax_mla
 from jax_mla.cli.main import main
 from jax_mla.training import Checkpoints, Precision, Recipe, abstract_state
 
-KEEP_ALL = "--save-every 1 --keep 20".split()
-LAYOUTS = {
-    "ddp": "--mesh data=8 --rules ddp",
-    "zero1": "--mesh data=8 --rules zero1",
-    "zero2": "--mesh data=8 --rules zero2",
-    "zero3": "--mesh data=4,fsdp=2 --rules zero3",
-    "data x tensor x expert": "--mesh data=2,tensor=2,expert=2 --rules tensor_parallel",
-    "experts by all-to-all": "--mesh data=2,expert=4 --rules dp_attention_ep",
-    "context": "--mesh data=2,sequence=4 --rules context_parallel",
-}
+KEEP_ALL = "--save-every 1 --keep 20"
+LAYOUTS = (
+    "ddp", "zero1", "zero2", "zero3", "data_tensor_expert", "dp_attention_ep", "context",
+)  # fmt: skip
 
 # A stage in both processes, and one in each.
 PIPELINES = {
@@ -41,19 +37,64 @@ PIPELINES = {
     "zero3": "--mesh data=2,fsdp=2,stage=2 --rules zero3 --micro-batches 2",
 }
 
-# What the config has otherwise, the dtype, the devices of a process, and the mesh of both.
+
+@dataclasses.dataclass(frozen=True)
+class PipelineCase:
+    """A pipeline that the 20 steps of the others do not cover.
+
+    Attributes:
+      layout: flags.
+      changes: fields of the config.
+      num_devices: of one process.
+      skipped_steps: how many come before the first that is not skipped.
+      rtol: of losses and norms.
+    """
+
+    layout: str
+    changes: dict
+    dtype: str = "float32"
+    num_devices: int = 4
+    skipped_steps: int = 0
+    rtol: float = 1e-5
+
+
 OTHER_PIPELINES = {
-    "tied embedding": ({"tie_word_embeddings": True}, "float32", 4, PIPELINES["a stage each"]),
+    "tied embedding": PipelineCase(PIPELINES["a stage each"], {"tie_word_embeddings": True}),
     # Weights so large that the first gradients overflow until their scale has been halved thrice.
-    "overflow": ({"initializer_range": 1.0}, "float16", 4, PIPELINES["stages in both"]),
+    "overflow": PipelineCase(
+        PIPELINES["stages in both"],
+        {"initializer_range": 1.0},
+        dtype="float16",
+        skipped_steps=3,
+        rtol=1e-3,
+    ),
     # The first stage in one process, the second in both, the third in the other.
-    "three stages": (
-        {"num_hidden_layers": 3},
-        "float32",
-        3,
+    "three stages": PipelineCase(
         "--mesh stage=3,sequence=2 --rules context_parallel --micro-batches 2",
+        {"num_hidden_layers": 3},
+        num_devices=3,
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCommand:
+    """`jax-mla train` on a config and a text of `folder`, with losses that fall in a few steps."""
+
+    folder: Path
+    out: Path
+    steps: int
+    data: str = "text.txt"
+    dtype: str = "float32"
+    layout: str = ""
+    flags: str = ""
+
+    @property
+    def words(self) -> list[str]:
+        files = f"--config {self.folder}/config.json --data {self.folder}/{self.data}"
+        sizes = f"--steps {self.steps} --batch 8 --seq 16 --lr 0.01 --dtype {self.dtype}"
+        command = f"train {files} {sizes} --json --out {self.out} {self.layout} {self.flags}"
+        return command.split()
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +106,13 @@ def folder(tmp_path_factory, config):
     return folder
 
 
-def train_words(folder, steps):
-    words = f"train --config {folder}/config.json --data {folder}/text.txt --steps {steps}"
-    return f"{words} --batch 8 --seq 16 --lr 0.01 --dtype float32 --json".split()
-
-
-def packed_words(folder, steps):
-    """The same on documents of about five tokens, several in every row."""
+def write_documents(folder):
+    """Some of about five tokens, several in every row: `packed.npy`."""
     rng = np.random.default_rng(0)
     ids = np.where(
         rng.random(1000) < 0.2, jax_mla.tiny().eos_token_id[0], rng.integers(0, 256, 1000)
     )
     np.save(folder / "packed.npy", ids.astype(np.uint16))
-    words = train_words(folder, steps)
-    words[words.index(f"{folder}/text.txt")] = f"{folder}/packed.npy"
-    return [*words, "--separate-documents"]
 
 
 def free_port(first=0, last=0):
@@ -159,7 +192,7 @@ def assert_trained_as(alone, out, config):
 def alone(folder):
     """The folder of 20 steps in this process on one device."""
     out = folder / "alone"
-    assert main([*train_words(folder, 20), *KEEP_ALL, "--out", str(out)]) == 0
+    assert main(TrainCommand(folder, out, 20, flags=KEEP_ALL).words) == 0
     return out
 
 
@@ -167,19 +200,23 @@ def test_two_processes_train_as_one(config, tmp_path):
     """The smallest case of the next tests: no experts, three steps of packed rows."""
     config = dataclasses.replace(config, num_hidden_layers=1, n_routed_experts=None)
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
-    words, layout = packed_words(tmp_path, 3), LAYOUTS["zero3"].split()
-    processes = start([*words, *layout, "--out", str(tmp_path / "two")])
-    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    write_documents(tmp_path)
+    one = TrainCommand(
+        tmp_path, tmp_path / "one", 3, data="packed.npy", flags="--separate-documents"
+    )
+    two = dataclasses.replace(one, out=tmp_path / "two", layout=MESH_LAYOUTS["zero3"].flags())
+    processes = start(two.words)
+    assert main(one.words) == 0
     assert finish(processes)["step"] == 3
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    np.testing.assert_allclose(losses(two.out), losses(one.out), rtol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [pytest.param(v.split(), id=k) for k, v in LAYOUTS.items()])
-def test_two_processes_train_and_generate_as_one(layout, folder, alone, config, tmp_path, capsys):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_processes_train_and_generate_as_one(name, folder, alone, config, tmp_path, capsys):
     """20 steps: gradients, every loss and norm, the weights at the end, and what these write."""
-    out = tmp_path / "two"
-    summary = finish(start([*train_words(folder, 20), *KEEP_ALL, *layout, "--out", str(out)]))
+    out, layout = tmp_path / "two", MESH_LAYOUTS[name].flags()
+    summary = finish(start(TrainCommand(folder, out, 20, layout=layout, flags=KEEP_ALL).words))
     assert summary["reason"] == "finished" and summary["step"] == 20
     assert_trained_as(alone, out, config)
 
@@ -189,16 +226,16 @@ def test_two_processes_train_and_generate_as_one(layout, folder, alone, config, 
     capsys.readouterr()
     assert main(words) == 0
     wanted = json.loads(capsys.readouterr().out)["completions"]
-    assert finish(start([*words, *layout]))["completions"] == wanted
+    assert finish(start([*words, *layout.split()]))["completions"] == wanted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [pytest.param(v.split(), id=k) for k, v in PIPELINES.items()])
+@pytest.mark.parametrize("layout", PIPELINES.values(), ids=PIPELINES)
 def test_two_processes_run_a_pipeline_as_one_device(layout, folder, alone, config, tmp_path):
     """20 steps, and what they leave; the last two once more from a checkpoint, to the same bits."""
     out = tmp_path / "two"
-    words = [*train_words(folder, 20), *KEEP_ALL, "--out", str(out)]
-    assert finish(start([*words, *layout]))["step"] == 20
+    command = TrainCommand(folder, out, 20, layout=layout, flags=KEEP_ALL)
+    assert finish(start(command.words))["step"] == 20
     assert_trained_as(alone, out, config)
 
     before = losses(out)
@@ -206,53 +243,56 @@ def test_two_processes_run_a_pipeline_as_one_device(layout, folder, alone, confi
         if path.name > "step_00000018":
             path.rename(path.with_name(f"later_{path.name}"))
     shutil.rmtree(out / "model_00000020")
-    assert finish(start([*words, *layout, "--resume"]))["step"] == 20
+    assert finish(start([*command.words, "--resume"]))["step"] == 20
     np.testing.assert_array_equal(losses(out), before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "dtype", "num_devices", "layout"), OTHER_PIPELINES.values(), ids=OTHER_PIPELINES
-)
-def test_two_processes_run_other_pipelines_as_one(
-    change, dtype, num_devices, layout, folder, config, tmp_path
-):
+@pytest.mark.parametrize("case", OTHER_PIPELINES.values(), ids=OTHER_PIPELINES)
+def test_two_processes_run_other_pipelines_as_one(case, folder, config, tmp_path):
     """Five steps, as the same pipeline in one process: which are skipped, gradients, losses."""
-    config, one, two = dataclasses.replace(config, **change), tmp_path / "one", tmp_path / "two"
+    config = dataclasses.replace(config, **case.changes)
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     shutil.copy(folder / "text.txt", tmp_path)
-    words = [*train_words(tmp_path, 5), *KEEP_ALL, "--dtype", dtype, *layout.split()]
-    processes = start([*words, "--out", str(two)], num_devices)
-    assert main([*words, "--out", str(one)]) == 0
-    skipped = {"float32": 0, "float16": 3}[dtype]
-    assert finish(processes)["skipped_steps"] == skipped
-    of_two, of_one = (first_gradients(path, config, dtype, 1 + skipped) for path in (two, one))
-    jax.tree.map(lambda x, y: assert_close(x, y, dtype), of_two, of_one)
-    np.testing.assert_allclose(
-        losses(two), losses(one), rtol={"float32": 1e-5, "float16": 1e-3}[dtype]
+    one, two = (
+        TrainCommand(
+            tmp_path, tmp_path / name, 5, dtype=case.dtype, layout=case.layout, flags=KEEP_ALL
+        )
+        for name in ("one", "two")
     )
+    processes = start(two.words, case.num_devices)
+    assert main(one.words) == 0
+    assert finish(processes)["skipped_steps"] == case.skipped_steps
+    of_two, of_one = (
+        first_gradients(command.out, config, case.dtype, 1 + case.skipped_steps)
+        for command in (two, one)
+    )
+    jax.tree.map(lambda x, y: assert_close(x, y, case.dtype), of_two, of_one)
+    np.testing.assert_allclose(losses(two.out), losses(one.out), rtol=case.rtol)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["data x tensor x expert", "experts by all-to-all", "context"])
-def test_two_processes_pack_as_one(layout, folder, tmp_path):
-    words = packed_words(folder, 3)
-    processes = start([*words, *LAYOUTS[layout].split(), "--out", str(tmp_path / "two")])
-    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+@pytest.mark.parametrize("name", ["data_tensor_expert", "dp_attention_ep", "context"])
+def test_two_processes_pack_as_one(name, folder, tmp_path):
+    write_documents(folder)
+    whole = TrainCommand(folder, tmp_path / "whole", 3, data="packed.npy")
+    one = dataclasses.replace(whole, out=tmp_path / "one", flags="--separate-documents")
+    two = dataclasses.replace(one, out=tmp_path / "two", layout=MESH_LAYOUTS[name].flags())
+    processes = start(two.words)
+    assert main(one.words) == 0
     finish(processes)
-    packed = losses(tmp_path / "one")
-    np.testing.assert_allclose(losses(tmp_path / "two"), packed, rtol=1e-5)
-    words.remove("--separate-documents")
-    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    assert abs(losses(tmp_path / "whole")[0, 0] - packed[0, 0]) > 1e-3 * packed[0, 0]
+    packed = losses(one.out)
+    np.testing.assert_allclose(losses(two.out), packed, rtol=1e-5)
+    assert main(whole.words) == 0
+    assert abs(losses(whole.out)[0, 0] - packed[0, 0]) > 1e-3 * packed[0, 0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
 def test_sigterm_saves_in_both_and_one_process_takes_over(numbers, folder, tmp_path, capsys):
     out = tmp_path / "run"
-    words = [*train_words(folder, 40), "--save-every", "1", "--out", str(out)]
-    processes = start([*words, *LAYOUTS["zero3"].split()])
+    alone = TrainCommand(folder, out, 40, flags="--save-every 1")
+    processes = start(dataclasses.replace(alone, layout=MESH_LAYOUTS["zero3"].flags()).words)
     while not (out / "metrics.jsonl").exists() and processes[0].poll() is None:
         time.sleep(0.05)
     for number in numbers:
@@ -262,8 +302,8 @@ def test_sigterm_saves_in_both_and_one_process_takes_over(numbers, folder, tmp_p
     assert summary["reason"] == ("SIGTERM" if 0 in numbers else "another process")
     assert 1 <= stopped < 40
 
-    words[words.index("--steps") + 1] = str(stopped + 2)
-    assert main([*words, "--resume"]) == 0
+    two_more = dataclasses.replace(alone, steps=stopped + 2)
+    assert main([*two_more.words, "--resume"]) == 0
     assert f"resuming after step {stopped}" in capsys.readouterr().err
     assert len(losses(out)) == stopped + 2
 
@@ -288,12 +328,13 @@ time.sleep(5)
 @pytest.mark.slow
 def test_two_processes_take_over_from_one(folder, alone, tmp_path):
     """Ten steps on one device, ten more on eight: the weights of twenty on one."""
-    out, layout = tmp_path / "run", LAYOUTS["data x tensor x expert"].split()
-    words = [*train_words(folder, 20), "--save-every", "10", "--out", str(out)]
-    assert main(words) == 0
+    out = tmp_path / "run"
+    command = TrainCommand(folder, out, 20, flags="--save-every 10")
+    assert main(command.words) == 0
     for path in (out / "checkpoints").glob("step_00000020*"):
         path.rename(path.with_name("later"))
-    finish(start([*words, *layout, "--resume"]))
+    eight = dataclasses.replace(command, layout=MESH_LAYOUTS["data_tensor_expert"].flags())
+    finish(start([*eight.words, "--resume"]))
     np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-4)
 
 
@@ -316,7 +357,7 @@ def test_two_processes_take_over_from_one(folder, alone, tmp_path):
 @pytest.mark.parametrize("command", ["train", "generate"])
 def test_flags_that_do_not_fit_are_one_line(command, flags, message, folder, tmp_path, capsys):
     words = {
-        "train": [*train_words(folder, 1), "--out", str(tmp_path)],
+        "train": TrainCommand(folder, tmp_path, 1).words,
         "generate": ["generate", "--model", str(folder), "--prompt", "a"],
     }[command]
     assert main([*words, *flags.split()]) == 2
@@ -327,14 +368,14 @@ def test_flags_that_do_not_fit_are_one_line(command, flags, message, folder, tmp
 @pytest.mark.parametrize("flag", ["--coordinator host", "--coordinator :1", "--process-id -1"])
 def test_words_that_are_no_address_and_no_number(flag, folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main([*train_words(folder, 1), "--out", str(tmp_path), *flag.split()])
+        main(TrainCommand(folder, tmp_path, 1, flags=flag).words)
     assert "must be" in capsys.readouterr().err
 
 
 def test_no_cluster_is_said(folder, tmp_path, monkeypatch, capsys):
     """As in a process that nothing but a shell started."""
     monkeypatch.setattr(jax.distributed, "initialize", lambda: raise_(ValueError("no address")))
-    assert main([*train_words(folder, 1), "--out", str(tmp_path), "--distributed"]) == 2
+    assert main(TrainCommand(folder, tmp_path, 1, flags="--distributed").words) == 2
     err = capsys.readouterr().err
     assert "--distributed found no SLURM, Kubernetes or Open MPI" in err
 
@@ -351,6 +392,6 @@ def raise_(error):
 )
 @pytest.mark.parametrize("started", [start, start_as_slurm], ids=["flags", "slurm"])
 def test_a_process_without_a_part_is_refused(started, mesh, found, folder, tmp_path):
-    words = [*train_words(folder, 1), "--out", str(tmp_path), *mesh.split()]
-    for _, err in finish(started(words), code=2):
+    command = TrainCommand(folder, tmp_path, 1, layout=mesh)
+    for _, err in finish(started(command.words), code=2):
         assert f"2 processes have 8 devices and need a --mesh over all of them, {found}" in err

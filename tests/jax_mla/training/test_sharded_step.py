@@ -1,12 +1,12 @@
 """The same steps on meshes: equal numbers, and every array where the rules say."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from layouts import MESH_LAYOUTS, shard_bytes, slow_unless
 from numerics import assert_close
 
 import jax_mla
@@ -28,28 +28,26 @@ NUM_STEPS = 20
 RECIPE = Recipe(
     num_steps=100, learning_rate=1e-3, balance_loss=0.01, precision=Precision(compute="float32")
 )
-LAYOUTS = {
-    "ddp": ({"data": 4}, layouts.ddp()),
-    "zero1": ({"data": 4}, layouts.zero1()),
-    "zero2": ({"data": 4}, layouts.zero2()),
-    "zero3": ({"data": 2, "fsdp": 2}, layouts.zero3()),
-    "tensor": ({"tensor": 2}, layouts.tensor_parallel()),
-    "data x sequence": ({"data": 2, "sequence": 2}, layouts.context_parallel()),
-    "data x expert, all-to-all": ({"data": 2, "expert": 2}, layouts.dp_attention_ep()),
-    "data x tensor x expert": ({"data": 2, "tensor": 2, "expert": 2}, layouts.tensor_parallel()),
-}
-IN_THE_SUITE = {"data x tensor x expert"}  # a layout costs half a minute of compilation
+# A layout costs half a minute of compilation.
+NAMES = slow_unless(
+    ["data_tensor_expert"],
+    [
+        "ddp", "zero1", "zero2", "zero3", "data_tensor", "context", "dp_attention_ep",
+        "data_tensor_expert",
+    ],
+)  # fmt: skip
 
 
-def parametrized(names):
-    marks = {name: () if name in IN_THE_SUITE else pytest.mark.slow for name in names}
-    return [pytest.param(*LAYOUTS[name], marks=marks[name], id=name) for name in names]
+@pytest.fixture(scope="module")
+def config(config):
+    """As many heads as devices of `tensor`."""
+    return dataclasses.replace(config, num_attention_heads=4)
 
 
 @pytest.fixture(scope="module")
 def batches():
     rng = np.random.default_rng(1)
-    return [Batch(rng.integers(0, 256, (4, 16)).astype(np.int32)) for _ in range(NUM_STEPS)]
+    return [Batch(rng.integers(0, 256, (8, 16)).astype(np.int32)) for _ in range(NUM_STEPS)]
 
 
 def run(config, batches, mesh=None, rules=None):
@@ -67,9 +65,9 @@ def on_one_device(config, batches):
     return run(config, batches)
 
 
-@pytest.mark.parametrize(("axes", "rules"), parametrized(LAYOUTS))
-def test_a_mesh_takes_the_same_steps(config, batches, on_one_device, axes, rules):
-    mesh = jax_mla.make_mesh(**axes)
+@pytest.mark.parametrize("layout", NAMES)
+def test_a_mesh_takes_the_same_steps(config, batches, on_one_device, layout):
+    mesh, rules = MESH_LAYOUTS[layout].mesh(), MESH_LAYOUTS[layout].rules
     state, losses = run(config, batches, mesh, rules)
     assert_close(losses[0], on_one_device[1][0], "float32")
     np.testing.assert_allclose(losses, on_one_device[1], rtol=1e-4)
@@ -78,34 +76,19 @@ def test_a_mesh_takes_the_same_steps(config, batches, on_one_device, axes, rules
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
-def shard_bytes(tree):
-    """Bytes of the first device's part."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
-@pytest.mark.parametrize(
-    ("rules", "splits_params"),
-    [
-        (layouts.ddp(), False),
-        (layouts.zero1(), False),
-        (layouts.zero2(), False),
-        (layouts.zero3(), True),
-    ],
-    ids=["ddp", "zero1", "zero2", "zero3"],
-)
-def test_what_zero_splits(config, rules, splits_params):
+@pytest.mark.parametrize("stage", ["ddp", "zero1", "zero2", "zero3"])
+def test_what_zero_splits(config, stage):
     """All matrices have an axis to split; the bias of the router and norms stay whole."""
-    mesh = jax_mla.make_mesh(data=8)
-    like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=rules)
-    whole = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=jax_mla.sharding.layouts.ddp())
+    like, whole = (
+        abstract_state(config, recipe=RECIPE, mesh=layout.mesh(), rules=layout.rules)
+        for layout in (MESH_LAYOUTS[stage], MESH_LAYOUTS["ddp"])
+    )
     all_params, all_moments = shard_bytes(whole.params), shard_bytes(whole.opt_state)
     vectors = 4 * (2 * (32 + 32 + 16 + 16) + 32 + 4)
     split = (all_params - vectors) / 8 + vectors
-    assert shard_bytes(like.params) == (split if splits_params else all_params)
-    small = shard_bytes(like.opt_state) < all_moments / 6
-    assert small == (rules != jax_mla.sharding.layouts.ddp())
+    assert shard_bytes(like.params) == (split if stage == "zero3" else all_params)
+    is_small = shard_bytes(like.opt_state) < all_moments / 6
+    assert is_small == (stage != "ddp")
 
 
 @pytest.mark.slow

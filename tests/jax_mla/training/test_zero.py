@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import numpy as np
 import pytest
 from kernel_tools import aot
+from layouts import Layout, shard_bytes, slow_unless
 
 import jax_mla
 from jax_mla.analysis import memory
@@ -18,9 +18,12 @@ from jax_mla.training import Batch, Precision, Recipe, abstract_state, next_toke
 
 RECIPE = Recipe(num_steps=100, precision=Precision(compute="float32"))
 DEVICES, T = 8, 8
-STAGES = ("ddp", "zero1", "zero2", "zero3")
-IN_THE_SUITE = ("zero3",)  # each of them is ten seconds of compilation
-SOME = [s if s in IN_THE_SUITE else pytest.param(s, marks=pytest.mark.slow) for s in STAGES]
+# On one axis, so that every collective is over all devices.
+STAGES = {
+    stage: Layout({"data": DEVICES}, LAYOUTS[stage]())
+    for stage in ("ddp", "zero1", "zero2", "zero3")
+}
+SOME = slow_unless(["zero3"], STAGES)  # each of them is ten seconds of compilation
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +33,11 @@ def config(config):
 
 
 def compile_step(config, stage, devices=None):
-    mesh = jax_mla.make_mesh(data=DEVICES, devices=devices)
-    stage_rules = LAYOUTS[stage]()
-    like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=stage_rules)
-    rows = jax.sharding.NamedSharding(mesh, partition_spec(stage_rules, ("batch", "sequence")))
+    mesh, rules = STAGES[stage].mesh(devices), STAGES[stage].rules
+    like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=rules)
+    rows = jax.sharding.NamedSharding(mesh, partition_spec(rules, ("batch", "sequence")))
     batch = Batch(jax.ShapeDtypeStruct((DEVICES, T), np.int32, sharding=rows))
-    options = {"recipe": RECIPE, "mesh": mesh, "rules": stage_rules}
+    options = {"recipe": RECIPE, "mesh": mesh, "rules": rules}
     return train_step.lower(like, config, batch, **options).compile()
 
 
@@ -96,10 +98,10 @@ def test_what_a_step_sends(stage, compiled, sizes):
 @pytest.mark.parametrize("chunk_tokens", [T, T // 4])
 def test_chunks_of_the_loss_are_of_one_device(config, chunk_tokens):
     """Every chunk costs a sum of the head's gradient: their number does not grow with devices."""
-    mesh, layout = jax_mla.make_mesh(data=DEVICES), layouts.zero3()
-    like = abstract_state(config, recipe=RECIPE, mesh=mesh, rules=layout).params
+    layout = STAGES["zero3"]
+    like = layout.abstract_params(config)
     tokens = jax.ShapeDtypeStruct((DEVICES, T), np.int32)
-    options = {"chunk_tokens": chunk_tokens, "rules": layout}
+    options = {"chunk_tokens": chunk_tokens, "rules": layout.rules}
     traced = jax.jit(lambda p, t: next_token_loss(p, config, t, **options).loss).trace(like, tokens)
     assert f"f32[{DEVICES},{chunk_tokens},{config.vocab_size}]" in str(traced.jaxpr)
 
@@ -127,7 +129,7 @@ def test_what_a_step_sends_between_gpus(stage, times, config, sizes):
 @pytest.mark.parametrize("stage", SOME)
 def test_what_a_device_holds_is_what_was_planned(stage, compiled, config):
     """Arguments of the compiled step: weights, moments, a row of tokens, and scalars."""
-    planned = memory.training_bytes(config, {"data": DEVICES}, LAYOUTS[stage]())
+    planned = memory.training_bytes(config, STAGES[stage].axes, STAGES[stage].rules)
     program = compiled(stage).memory_analysis()
     scalars = program.argument_size_in_bytes - planned.parameters - planned.optimizer - T * 4
     assert 0 <= scalars <= 64
@@ -140,21 +142,14 @@ def test_what_a_device_holds_is_what_was_planned(stage, compiled, config):
 @pytest.mark.slow
 def test_split_gradients_take_less_room(compiled, config):
     """ZeRO-2 against ZeRO-1: the same arguments, smaller gradients, nothing else changed."""
-    mesh = {"data": DEVICES}
     whole, split = (
-        memory.training_bytes(config, mesh, layout()).gradients
-        for layout in (layouts.zero1, layouts.zero2)
+        memory.training_bytes(config, STAGES[s].axes, STAGES[s].rules).gradients
+        for s in ("zero1", "zero2")
     )
     one, two = (compiled(s).memory_analysis() for s in ("zero1", "zero2"))
     assert one.argument_size_in_bytes == two.argument_size_in_bytes
     saved = one.temp_size_in_bytes - two.temp_size_in_bytes
     assert saved > (whole - split) / 2
-
-
-def shard_bytes(tree):
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 @pytest.mark.parametrize("preset", ["tiny", "v2_lite", "v3", "kimi_k2"])
@@ -164,7 +159,8 @@ def test_plans_are_what_the_rules_say(name, preset):
     config = getattr(jax_mla, preset)()
     axes = {"fsdp": 2, "expert": 2} if name == "dp_attention_ep" else {"data": 2, "tensor": 2}
     axes |= {"expert": 2}
-    mesh, rules = jax_mla.make_mesh(**axes), LAYOUTS[name]()
+    layout = Layout(axes, LAYOUTS[name]())
+    mesh, rules = layout.mesh(), layout.rules
     for optimizer, param in (("adamw", "float32"), ("muon", "bfloat16")):
         recipe = Recipe(num_steps=9, optimizer=optimizer, precision=Precision(param=param))
         like = abstract_state(config, recipe=recipe, mesh=mesh, rules=rules)
