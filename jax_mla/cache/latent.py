@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -65,9 +66,8 @@ class LatentCache:
 
         Cost: L * B * max_tokens * (C + R) numbers of memory.
         """
-        check_positive(
-            batch=batch, max_tokens=max_tokens, page_size=page_size, num_shards=num_shards
-        )
+        sizes = {"batch": batch, "max_tokens": max_tokens, "page_size": page_size}
+        check_positive(**_without_open(sizes), num_shards=num_shards)
         each = num_shards * -(-max_tokens // (page_size * num_shards))
         pages = _zero_pages(config, batch * each, page_size, dtype)
         return cls(pages, jnp.zeros(batch, jnp.int32), num_shards)
@@ -118,7 +118,8 @@ class PagedLatentCache:
 
         Cost: L * num_pages * page_size * (C + R) numbers of memory.
         """
-        check_positive(num_pages=num_pages, page_size=page_size, batch=batch, num_shards=num_shards)
+        sizes = {"num_pages": num_pages, "page_size": page_size, "batch": batch}
+        check_positive(**_without_open(sizes), num_shards=num_shards)
         if num_pages < batch * num_shards:
             shards = f" and num_shards={num_shards}" if num_shards > 1 else ""
             raise ValueError(
@@ -165,6 +166,11 @@ class PagedLatentCache:
 
 
 Cache: TypeAlias = LatentCache | PagedLatentCache
+
+
+def _without_open(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Without the sizes that `jax.export` leaves open, which are positive by its own rules."""
+    return {name: size for name, size in sizes.items() if not is_symbolic_dim(size)}
 
 
 def _zero_pages(

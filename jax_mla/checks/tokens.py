@@ -121,7 +121,9 @@ def check_lengths(lengths: Any, tokens: Int[Array, "B T"]) -> Int[Array, " B"]:
     """Valid tokens of each row as int32; None means all."""
     batch, num_tokens = tokens.shape
     if lengths is None:
-        return jnp.asarray(np.full(batch, num_tokens, np.int32))
+        # On a device each shape would compile a program. A traced batch may be left open.
+        full = np.full if isinstance(batch, int) else jnp.full
+        return jnp.asarray(full(batch, num_tokens, np.int32))
     lengths = as_array("lengths", lengths)
     if lengths.shape != (batch,):
         raise ValueError(

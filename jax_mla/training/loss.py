@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_mla.checks.tokens import check_batch
@@ -180,7 +181,8 @@ def _summed_over_chunks(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sums of -log p(label) and of lse ** 2; only one chunk's logits exist at a time."""
     batch, num_positions, _ = x.shape
-    num_chunks = -(-num_positions // max(1, chunk_tokens // batch))
+    rows = 1 if is_symbolic_dim(batch) else batch  # of a batch that an export leaves open
+    num_chunks = -(-num_positions // max(1, chunk_tokens // rows))
 
     def split(a):
         # Chunk i takes the positions i, i + num_chunks, ...: where T is sharded, every device has

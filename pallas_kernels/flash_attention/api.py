@@ -128,7 +128,7 @@ def _check(q, k, v, causal, segment_ids, lengths):
     require_shape(op, "k", k, (B, S, G, K), f"q {q.shape} and v {v.shape}")
     require(v.shape[0] == B, f"{op}: v must have q's batch {B}, got {v.shape[0]}")
     require(
-        min(B, T, S, N, G, K, H) > 0,
+        all(size > 0 for size in (B, T, S, N, G, K, H)),
         f"{op}: all sizes must be positive, got q {q.shape}, k {k.shape}, v {v.shape}",
     )
     require(N % G == 0, f"{op}: query heads must be a multiple of the {G} key heads, got {N}")

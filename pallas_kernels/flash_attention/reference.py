@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from pallas_kernels import varying
@@ -76,7 +77,8 @@ def flash_attention_reference(
     del deterministic
     B, T, N, K = q.shape
     _, S, G, H = v.shape
-    block_t, block_s = block_sizes(B * N, T, S, block_scores)
+    heads = N if is_symbolic_dim(B) else B * N  # of a batch that an export leaves open
+    block_t, block_s = block_sizes(heads, T, S, block_scores)
     static = Static(causal, float(scale), S - T, block_t, block_s)
     if lengths is None:
         lengths = jnp.full((B,), S, jnp.int32)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels import varying
@@ -126,6 +127,8 @@ def _multiply_groups(
 
 def block_size(M: int, E: int) -> int:
     """Rows of a block: a power of two near the average group, so that few rows are wasted."""
+    if is_symbolic_dim(M):  # of a batch that an export leaves open
+        return MAX_BLOCK
     return min(1 << max(M // E - 1, 0).bit_length(), MAX_BLOCK)
 
 

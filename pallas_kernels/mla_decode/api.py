@@ -110,7 +110,7 @@ def _check(q, kv_pages, page_table, lengths, latent_dim, plan):
     require_integer(op, page_table=page_table, lengths=lengths)
     B, X = q.shape[0], q.shape[3]
     require(
-        min(*q.shape, *kv_pages.shape, *page_table.shape) > 0,
+        all(size > 0 for size in (*q.shape, *kv_pages.shape, *page_table.shape)),
         f"{op}: all sizes must be positive, got q {q.shape}, kv_pages {kv_pages.shape},"
         f" page_table {page_table.shape}",
     )

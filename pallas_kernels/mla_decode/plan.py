@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Int, Int32
 
 from pallas_kernels import hardware
@@ -120,15 +121,18 @@ def _cut(pages, end, share, *, num_parts, overhead):
     num_splits = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(last_part - first_part + 1)])
 
     cuts = share * jnp.arange(num_parts + 1)
-    request = jnp.searchsorted(end, cuts, side="right").astype(jnp.int32)  # B after the last one
-    inside = jnp.minimum(request, len(pages) - 1)
-    page = jnp.where(request < len(pages), jnp.maximum(cuts - begin[inside] - overhead, 0), 0)
+    if is_symbolic_dim(pages.shape[0]):  # a search needs to know how many there are
+        request = jnp.sum(end[None, :] <= cuts[:, None], axis=1, dtype=jnp.int32)
+    else:
+        request = jnp.searchsorted(end, cuts, side="right").astype(jnp.int32)  # B after the last
+    inside = jnp.minimum(request, pages.shape[0] - 1)
+    page = jnp.where(request < pages.shape[0], jnp.maximum(cuts - begin[inside] - overhead, 0), 0)
     part = jnp.arange(num_parts)
     # A cut before page 0 leaves its request to the next part: this one ends a request earlier.
     ends_inside = page[1:] > 0
     end_request = jnp.where(ends_inside, request[1:], request[1:] - 1)
     last_page = pages[jnp.maximum(end_request, 0)]
-    border = jnp.where(page > 0, cuts, jnp.where(request < len(pages), begin[inside], end[-1]))
+    border = jnp.where(page > 0, cuts, jnp.where(request < pages.shape[0], begin[inside], end[-1]))
     cost = border[1:] - border[:-1] + jnp.where(page[:-1] > 0, overhead, 0)
     return jnp.max(cost), dict(
         begin_request=request[:-1],

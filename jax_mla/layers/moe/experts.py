@@ -71,11 +71,15 @@ def apply_experts(
     order = jnp.argsort(expert)
     group_sizes = jnp.bincount(expert, length=num_experts)
 
-    # The backward pass gathers once more; where it computes the layer again, only once for both.
-    @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
     def multiply(rows, pool, axis):
-        pool = pool.gather(embed_axes, axis) if embed_axes else pool
-        return pool.matmul(rows, group_sizes, layer)
+        # The backward pass gathers once more; where it computes the layer again, only once for
+        # both. With static_argnums JAX would keep this closure, and with it the tracers in it.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def product(rows, pool):
+            whole = pool.gather(embed_axes, axis) if embed_axes else pool
+            return whole.matmul(rows, group_sizes, layer)
+
+        return product(rows, pool)
 
     rows = x[source[order]]
     rows = multiply(jax.nn.silu(multiply(rows, gate, 2)) * multiply(rows, up, 2), down, 3)
