@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_mla.cache.latent import Cache
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.layers.block import Block, Remat, Trace, layer_scan, stack
-from jax_mla.layers.linear import Linear
+from jax_mla.layers.linear import Linear, RngsLike, as_rngs
 from jax_mla.layers.mla.on_mesh import decode_plan, from_stripes, to_stripes
 from jax_mla.layers.moe.load import LayerLoad
 from jax_mla.layers.norm import RMSNorm
@@ -77,10 +77,11 @@ class DeepSeek(nnx.Module):
         self,
         config: DeepSeekConfig,
         *,
-        rngs: nnx.Rngs,
+        rngs: RngsLike,
         placement: Placement | None = None,
         layers: tuple[int, int] | None = None,
     ) -> None:
+        rngs = as_rngs(rngs)
         first, end = (0, config.num_hidden_layers) if layers is None else layers
         num_dense = max(min(end, config.num_dense_layers) - first, 0)
         num_moe = end - first - num_dense

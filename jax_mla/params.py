@@ -10,14 +10,15 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Key, UInt32
 
+from jax_mla.checks.arrays import as_key
 from jax_mla.checks.problems import differences, refuse
 from jax_mla.config.leaf_types import LeafType, leaf_type
 from jax_mla.config.model import DeepSeekConfig, check_config
 from jax_mla.model import DeepSeek
 from jax_mla.sharding.divide import check_divides
-from jax_mla.sharding.placement import Placement, placement_of, placement_on
+from jax_mla.sharding.placement import Placement, note_unused_axes, placement_of, placement_on
 from jax_mla.sharding.rules import ShardingRules
 
 Params = dict[str, Any]
@@ -84,15 +85,26 @@ def check_shapes(params: Params, expected: Params) -> None:
     refuse("the parameters are not those of the config", differences(found, wanted))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def init(key: Array, config: DeepSeekConfig) -> Params:
+def init(key: Key[Array, ""] | UInt32[Array, " words"] | int, config: DeepSeekConfig) -> Params:
     """Random parameters: weights normal with stddev config.initializer_range, norms 1, biases 0.
+
+    Args:
+      key: a jax.random key or a seed.
 
     Returns:
       A nested dict of arrays in config.dtype. Layers of one kind are stacked: every leaf below
       `dense_layers` and `moe_layers` has a leading layer axis.
+
+    Raises:
+      ValueError: key is neither a jax.random key nor a seed from 0 to 2**32 - 1.
     """
-    return nnx.to_pure_dict(nnx.state(DeepSeek(config, rngs=nnx.Rngs(key)), nnx.Param))
+    check_config(config)
+    return _init(as_key(key), config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _init(key: Key[Array, ""], config: DeepSeekConfig) -> Params:
+    return nnx.to_pure_dict(nnx.state(DeepSeek(config, rngs=nnx.Rngs(key))))
 
 
 def param_shardings(
@@ -103,7 +115,8 @@ def param_shardings(
     Args:
       mesh: of `make_mesh`, or with some of its axes. An abstract one, of no devices, serves for
         shapes and for lowering.
-      rules: None takes the defaults of ShardingRules.
+      rules: None takes the defaults of ShardingRules. An axis of the mesh that they leave unused
+        duplicates work, which the log of "jax_mla" says once.
 
     Raises:
       ValueError: a mesh axis does not divide the axis that it is to split; both sizes are named. Or
@@ -122,7 +135,9 @@ def param_shardings(
 
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     placed = jax.tree_util.tree_map_with_path(place, state, is_leaf=is_variable)
-    return nnx.to_pure_dict(placed)
+    placed = nnx.to_pure_dict(placed)
+    note_unused_axes(placement, (sharding.spec for sharding in jax.tree.leaves(placed)))
+    return placed
 
 
 def map_leaves(function: Callable[[LeafType, Any], Any], params: Params) -> Params:

@@ -115,7 +115,7 @@ SUBPACKAGE_NAMES = {
         "StepReport", "TokenRows", "TrainResult", "TrainState", "abstract_state", "cosine",
         "expert_load", "init_state", "make_optimizer", "next_token_loss", "place_batch",
         "read_tokens", "sequence_balance", "state_shardings", "train", "train_step",
-        "update_router_bias", "warmup_stable_decay",
+        "trainable_mask", "update_router_bias", "warmup_stable_decay",
     },
     "training.pipeline": {
         "Execution", "Op", "Pipeline", "PipelinedGradients", "Schedule", "Span", "Timeline",

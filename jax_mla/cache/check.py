@@ -35,12 +35,15 @@ def check_cache(
     *,
     batch: int | None = None,
     placement: Placement | None = None,
+    layer: int | Int[jax.Array, ""] | None = None,
 ) -> None:
     """The cache fits this model and batch and has room for `num_new` tokens per sequence.
 
     Args:
       batch: number of sequences in the tokens; None takes the length of `num_new`.
       placement: the mesh that the pages are sharded on; None for a single device.
+      layer: the one that a single module uses, of a cache of any number of layers; None for all
+        layers of the model.
 
     Lengths and page table are read back from the device; where they are traced, only shapes and
     dtypes are checked, and the rotary embedding for a full cache.
@@ -49,7 +52,12 @@ def check_cache(
     if placement is not None:
         shards = _Shards(placement.num_shards("context"), placement.num_shards("batch"))
     _check_fields(cache)
-    _check_sizes(cache, config, np.shape(num_new)[0] if batch is None else batch)
+    num_layers = config.num_hidden_layers if layer is None else cache.pages.shape[0]
+    if isinstance(layer, int) and not 0 <= layer < num_layers:
+        raise ValueError(
+            f"layer must be from 0 to {num_layers - 1}, those of the cache, got {layer}"
+        )
+    _check_sizes(cache, config, num_layers, np.shape(num_new)[0] if batch is None else batch)
     _check_shards(cache, shards, placement)
     lengths, new, table = (concrete(x) for x in (cache.lengths, num_new, cache.page_table))
     if lengths is None or new is None or table is None:
@@ -94,13 +102,13 @@ def _check_fields(cache: Cache) -> None:
             raise ValueError(f"{name} must be integers, got dtype {array.dtype}")
 
 
-def _check_sizes(cache: Cache, config: DeepSeekConfig, batch: int) -> None:
-    """Layers and row width match the config, sequences match the batch."""
-    num_layers, num_pages, _, width = cache.pages.shape
-    if (num_layers, width) != (config.num_hidden_layers, config.cache_row_dim):
+def _check_sizes(cache: Cache, config: DeepSeekConfig, num_layers: int, batch: int) -> None:
+    """Row width matches the config, sequences match the batch."""
+    found, num_pages, _, width = cache.pages.shape
+    if (found, width) != (num_layers, config.cache_row_dim):
         raise ValueError(
-            f"the cache must have {config.num_hidden_layers} layers and {config.cache_row_dim} "
-            f"numbers per token, as the config, got {num_layers} and {width}"
+            f"the cache must have {num_layers} layers and {config.cache_row_dim} "
+            f"numbers per token, as the config, got {found} and {width}"
         )
     num_sequences = cache.lengths.shape[0]
     if isinstance(cache, PagedLatentCache):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int, Key, Shaped
 
 from jax_mla.checks.sizes import check_one_of
 from jax_mla.config.model import DTYPES
@@ -26,6 +26,41 @@ def check_dtype(dtype: DTypeLike) -> str:
         name = str(dtype)
     check_one_of("dtype", name, DTYPES)
     return name
+
+
+def check_hidden(x: Any, width: int, num_axes: int | None = None) -> None:
+    """x holds hidden states of this width; num_axes None takes any number of axes."""
+    shape, dtype = np.shape(x), jnp.result_type(x)
+    is_right = shape[-1:] == (width,) and num_axes in (None, len(shape))
+    if not is_right or not jnp.issubdtype(dtype, jnp.floating):
+        axes = "... D" if num_axes is None else "B T D"
+        raise ValueError(
+            f"x must be Float[{axes}] with D = {width}, got shape {shape} of dtype {dtype}"
+        )
+
+
+def as_key(key: Any) -> Key[Array, "*B"]:
+    """A jax.random key, of either kind or traced, as it is; a seed as its key.
+
+    Raises:
+      ValueError: it is neither. Seeds have the 32 bits that JAX takes without wrapping.
+    """
+    if isinstance(key, jax.Array):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return key
+        if key.dtype == jnp.uint32 and key.ndim > 0:
+            return jax.random.wrap_key_data(key)
+    return jax.random.key(as_seed(key))
+
+
+def as_seed(seed: Any) -> int:
+    """A seed as a number of Python."""
+    is_seed = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not is_seed or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"key must be a jax.random key or a seed from 0 to 2**32 - 1, got {seed!r:.60}"
+        )
+    return int(seed)
 
 
 def concrete(x: Any) -> np.ndarray | None:

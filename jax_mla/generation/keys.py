@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from jax_mla.checks.arrays import as_key, as_seed
+
 
 def request_keys(key: Any, batch: int) -> Key[Array, " B"]:
     """One key per row from what a caller passes as `key`.
@@ -24,11 +26,8 @@ def request_keys(key: Any, batch: int) -> Key[Array, " B"]:
     if isinstance(key, list | tuple | np.ndarray) and np.ndim(key) == 1:
         if len(key) != batch:
             raise ValueError(f"key must be one seed, or {batch} for {batch} rows, got {len(key)}")
-        return jax.vmap(jax.random.key)(np.asarray([_seed(one) for one in key], np.uint32))
-    if isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.ndim > 0:
-        key = jax.random.wrap_key_data(key)
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        key = jax.random.key(_seed(0 if key is None else key))
+        return jax.vmap(jax.random.key)(np.asarray([as_seed(one) for one in key], np.uint32))
+    key = as_key(0 if key is None else key)
     if key.shape == ():
         return _by_row(key, batch)
     if key.shape != (batch,):
@@ -47,12 +46,3 @@ def token_keys(
 @functools.partial(jax.jit, static_argnames="batch")
 def _by_row(key, batch):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-
-
-def _seed(seed: Any) -> int:
-    is_seed = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    if not is_seed or not 0 <= seed < 2**32:
-        raise ValueError(
-            f"key must be a jax.random key or a seed from 0 to 2**32 - 1, got {seed!r}"
-        )
-    return int(seed)

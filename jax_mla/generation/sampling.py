@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, UInt32
+
+from jax_mla.generation.keys import request_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class SamplingOptions:
 
 def sample(
     logits: Float[Array, "B V"],
-    keys: Key[Array, " B"] | UInt32[Array, "B words"],
+    keys: Key[Array, " B"] | UInt32[Array, "B words"] | Sequence[int],
     *,
     temperature: float | Float[Array, ""] | Float[Array, " B"] = 1.0,
     top_k: int | Int[Array, ""] | Int[Array, " B"] | None = None,
@@ -72,7 +75,8 @@ def sample(
 
     Args:
       keys: one jax.random key per row, each used once: `jax.random.split(key, B)`, or
-        `jax.random.fold_in` of a request's key and the position of the token.
+        `jax.random.fold_in` of a request's key and the position of the token. Or a list of seeds,
+        one per row.
       temperature: above 0; 0 takes the most likely token.
       top_k: keeps the k most likely tokens, and all that tie with the last of them.
       top_p: keeps the smallest set of tokens whose probabilities sum to at least p; of equally
@@ -84,12 +88,14 @@ def sample(
 
     Cost: top_k and top_p sort each row.
     """
-    _check_shapes(logits, keys)
+    is_seeds = isinstance(keys, list | tuple) and np.ndim(logits) == 2
+    of_rows: Any = request_keys(keys, len(logits)) if is_seeds else keys
+    _check_shapes(logits, of_rows)
     batch = logits.shape[0]
     temperature = _column("temperature", temperature, batch, jnp.float32)
     scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
     kept = _truncate(scaled, top_k, top_p, min_p)
-    drawn = jax.vmap(jax.random.categorical)(keys, kept)
+    drawn = jax.vmap(jax.random.categorical)(of_rows, kept)
     return jnp.where(temperature[:, 0] > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
@@ -132,7 +138,8 @@ def _check_shapes(logits, keys) -> None:
     if not (is_typed or is_raw) or keys.ndim != (1 if is_typed else 2) or keys.shape[0] != batch:
         found = f"{keys.dtype} of shape {keys.shape}" if is_typed or is_raw else f"{keys!r:.60}"
         raise ValueError(
-            f"keys must be {batch} jax.random keys, one per row of logits, got {found}"
+            f"keys must be {batch} jax.random keys or a list of {batch} seeds, one per row of "
+            f"logits, got {found}"
         )
 
 

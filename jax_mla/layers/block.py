@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jax_mla.cache.latent import Cache
 from jax_mla.checks.sizes import check_one_of
 from jax_mla.config.model import DeepSeekConfig
+from jax_mla.layers.linear import RngsLike, as_rngs
 from jax_mla.layers.mla.module import MLA
 from jax_mla.layers.mlp import SwiGLU
 from jax_mla.layers.moe.load import layer_load
@@ -59,10 +60,11 @@ class Block(nnx.Module):
         config: DeepSeekConfig,
         *,
         kind: Kind,
-        rngs: nnx.Rngs,
+        rngs: RngsLike,
         placement: Placement | None = None,
     ) -> None:
         self.residual_scale, self.placement = config.residual_scale, placement
+        rngs = as_rngs(rngs)
         D, eps, dtype = config.hidden_size, config.rms_norm_eps, config.dtype
         self.input_layernorm = RMSNorm(D, eps=eps, dtype=dtype)
         self.self_attn = MLA(config, rngs=rngs, placement=placement)
@@ -86,7 +88,7 @@ class Block(nnx.Module):
 
         Args:
           phase: the kind of pass.
-          cache: of all layers, for a pass that has one.
+          cache: of all layers, for a pass that has one; its lengths stay, see `cache.advance`.
           layer: this block's layer in the cache.
           expert_layer: this block's layer in a pool of experts, see `layer_scan`.
         """
@@ -122,7 +124,7 @@ def stack(
 
     def name_axis(variable):
         axes = ("layers", *variable.get_metadata("logical_axes"))
-        return nnx.Param(variable[...], logical_axes=axes)
+        return type(variable)(variable[...], logical_axes=axes)
 
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: block(0)))
     stacked = jax.vmap(weights_of)(jax.random.split(rngs.params(), num_layers))

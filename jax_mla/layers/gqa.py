@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jax_mla.checks.arrays import check_dtype, concrete
+from jax_mla.checks.arrays import check_dtype, check_hidden, concrete
 from jax_mla.checks.sizes import check_positive
-from jax_mla.layers.linear import Linear
+from jax_mla.layers.linear import Linear, RngsLike, as_rngs
 from jax_mla.layers.rope import rope_tables, rotate
 from pallas_kernels import flash_attention, merge_attention
 
@@ -77,7 +77,7 @@ class GroupedQueryAttention(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: RngsLike,
         rope_theta: float = 10000.0,
         stddev: float = 0.02,
         dtype: str = "float32",
@@ -92,9 +92,9 @@ class GroupedQueryAttention(nnx.Module):
             )
         if head_dim % 2:
             raise ValueError(f"head_dim must be even to be rotated in pairs, got {head_dim}")
-        self.rope_theta = rope_theta
+        self.hidden_size, self.rope_theta = hidden_size, rope_theta
         axes = ("embed", "heads", "head_dim")
-        linear = functools.partial(Linear, rngs=rngs, stddev=stddev, dtype=dtype)
+        linear = functools.partial(Linear, rngs=as_rngs(rngs), stddev=stddev, dtype=dtype)
         self.q_proj = linear("BTD,DNK->BTNK", (hidden_size, num_heads, head_dim), axes)
         self.k_proj = linear("BTD,DNK->BTNK", (hidden_size, num_kv_heads, head_dim), axes)
         self.v_proj = linear("BTD,DNK->BTNK", (hidden_size, num_kv_heads, head_dim), axes)
@@ -115,6 +115,7 @@ class GroupedQueryAttention(nnx.Module):
           segment_ids: tokens attend only to tokens with their own id (packed sequences).
           deterministic: of gradients, see `pallas_kernels.flash_attention`.
         """
+        check_hidden(x, self.hidden_size, num_axes=3)
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
         options = {"segment_ids": segment_ids, "deterministic": deterministic}
         out = flash_attention(*self._project(x, positions), **options)
@@ -125,13 +126,14 @@ class GroupedQueryAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Attends T new tokens to the cache and to themselves, and appends them.
 
-        The returned cache counts them: its lengths are advanced by T, unlike after `MLA.prefill`
-        and `MLA.decode`, whose cache holds all layers and is advanced once after the last one.
-        Under jit the cache's room cannot be checked: tokens beyond it are dropped, yet counted.
+        The returned cache counts them: its lengths are advanced by T, as by `MLA.prefill` and
+        `MLA.decode`, and the positions of the next tokens count on from there. Under jit the
+        cache's room cannot be checked: tokens beyond it are dropped, yet counted.
 
         Raises:
-          ValueError: the batches differ, or the tokens do not fit into the cache.
+          ValueError: x is not of width D, the batches differ, or the cache has no room.
         """
+        check_hidden(x, self.hidden_size, num_axes=3)
         batch, max_tokens = cache.keys.shape[:2]
         if x.shape[0] != batch:
             raise ValueError(f"x must have {batch} sequences, as the cache, got {x.shape[0]}")

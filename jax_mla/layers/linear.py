@@ -7,9 +7,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt32
 
+from jax_mla.checks.arrays import as_key
 from pallas_kernels import grouped_matmul
+
+# Where a module's weights are drawn from: streams of keys, one key, or a seed.
+RngsLike = nnx.Rngs | Key[Array, ""] | UInt32[Array, " words"] | int
+
+
+def as_rngs(rngs: RngsLike) -> nnx.Rngs:
+    """Streams of keys, made from a key or a seed unless they are such already."""
+    return rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(as_key(rngs))
 
 
 class Linear(nnx.Module):
@@ -35,13 +44,13 @@ class Linear(nnx.Module):
         shape: tuple[int, ...],
         logical_axes: tuple[str | None, ...],
         *,
-        rngs: nnx.Rngs,
+        rngs: RngsLike,
         stddev: float,
         dtype: str,
         bias_axis: str | None = None,
     ) -> None:
         self.equation = equation
-        self.weight = _normal(rngs, shape, logical_axes, stddev=stddev, dtype=dtype)
+        self.weight = _normal(as_rngs(rngs), shape, logical_axes, stddev=stddev, dtype=dtype)
         if bias_axis is not None:
             self.bias = constant(0.0, shape[-1:], (bias_axis,), dtype=dtype)
 
@@ -75,11 +84,11 @@ class GroupedLinear(nnx.Module):
         shape: tuple[int, int, int],
         logical_axes: tuple[str | None, ...],
         *,
-        rngs: nnx.Rngs,
+        rngs: RngsLike,
         stddev: float,
         dtype: str,
     ) -> None:
-        self.weight = _normal(rngs, shape, logical_axes, stddev=stddev, dtype=dtype)
+        self.weight = _normal(as_rngs(rngs), shape, logical_axes, stddev=stddev, dtype=dtype)
 
     def pool(self) -> ExpertPool:
         """The matmul with it; the weight may also hold all layers, [L, E, in, out]."""
@@ -131,10 +140,15 @@ def _normal(
 
 
 def constant(
-    value: float, shape: tuple[int, ...], logical_axes: tuple[str | None, ...], *, dtype: str
-) -> nnx.Param:
+    value: float,
+    shape: tuple[int, ...],
+    logical_axes: tuple[str | None, ...],
+    *,
+    dtype: str,
+    kind: type[nnx.Variable] = nnx.Param,
+) -> nnx.Variable:
     """A parameter that starts at one value: norm scales at 1, biases at 0."""
-    return nnx.Param(jnp.full(shape, value, dtype), logical_axes=logical_axes)
+    return kind(jnp.full(shape, value, dtype), logical_axes=logical_axes)
 
 
 def project(

@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_mla.layers.linear import Linear
+from jax_mla.checks.arrays import check_hidden
+from jax_mla.layers.linear import Linear, RngsLike, as_rngs
 
 
 class SwiGLU(nnx.Module):
@@ -28,15 +29,17 @@ class SwiGLU(nnx.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: RngsLike,
         stddev: float = 0.02,
         dtype: str = "float32",
     ) -> None:
-        linear = functools.partial(Linear, rngs=rngs, stddev=stddev, dtype=dtype)
+        self.hidden_size = hidden_size
+        linear = functools.partial(Linear, rngs=as_rngs(rngs), stddev=stddev, dtype=dtype)
         into, out = (hidden_size, intermediate_size), (intermediate_size, hidden_size)
         self.gate_proj = linear("...D,DF->...F", into, ("embed", "mlp"))
         self.up_proj = linear("...D,DF->...F", into, ("embed", "mlp"))
         self.down_proj = linear("...F,FD->...D", out, ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        check_hidden(x, self.hidden_size)
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +13,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_mla.sharding.divide import check_divides, num_devices
 from jax_mla.sharding.mesh import check_axis_types, check_mesh
-from jax_mla.sharding.rules import LOGICAL_AXES, LogicalAxis, MeshAxes, ShardingRules, as_tuple
+from jax_mla.sharding.rules import (
+    LOGICAL_AXES,
+    SPLITS,
+    LogicalAxis,
+    MeshAxes,
+    ShardingRules,
+    as_tuple,
+)
+
+_LOG = logging.getLogger("jax_mla")
 
 
 def partition_spec(rules: ShardingRules, logical_axes: Sequence[LogicalAxis]) -> PartitionSpec:
@@ -128,6 +139,29 @@ def placement_of(params: Any, rules: ShardingRules | None) -> Placement | None:
         check_axis_types(mesh)
         return None
     return placement_on(mesh, rules)
+
+
+def note_unused_axes(placement: Placement, specs: Iterable[PartitionSpec]) -> None:
+    """Says in the log which mesh axes shard neither parameters of these specs nor tokens.
+
+    The axis `stage` is left out: a pipeline shards the layers over it by itself.
+    """
+    rules, used = placement.rules, {"stage"}
+    for axes in (rules.batch, rules.sequence, rules.context, *(getattr(rules, s) for s in SPLITS)):
+        used |= {*as_tuple(axes)}
+    for spec in specs:
+        used |= {name for axes in spec for name in as_tuple(axes)}
+    for axis, size in placement.mesh.shape.items():
+        if size > 1 and axis not in used:
+            _note(
+                f"mesh axis {axis!r} of size {size} shards nothing by these rules: the devices "
+                "along it all compute the same"
+            )
+
+
+@functools.cache  # said once, however often shardings are asked for
+def _note(text: str) -> None:
+    _LOG.warning(text)
 
 
 def constrain_tokens(x: jax.Array, placement: Placement | None) -> jax.Array:

@@ -6,7 +6,7 @@ from jax_mla.training.data import TokenRows, read_tokens
 from jax_mla.training.learning_rate import cosine, warmup_stable_decay
 from jax_mla.training.loop import StepReport, TrainResult, train
 from jax_mla.training.loss import NextTokenLoss, next_token_loss
-from jax_mla.training.optimizer import make_optimizer
+from jax_mla.training.optimizer import make_optimizer, trainable_mask
 from jax_mla.training.precision import Precision
 from jax_mla.training.recipe import Recipe
 from jax_mla.training.router_bias import update_router_bias
@@ -38,6 +38,7 @@ __all__ = [
     "state_shardings",
     "train",
     "train_step",
+    "trainable_mask",
     "update_router_bias",
     "warmup_stable_decay",
 ]

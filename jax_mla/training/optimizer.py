@@ -74,6 +74,16 @@ def kinds(params: Params) -> Any:
     return map_leaves(lambda leaf, _: leaf.kind, params)
 
 
+def trainable_mask(params: Params) -> Any:
+    """True for every weight that gradients train, False for the router's correction bias.
+
+    That bias has no gradient, but weight decay would pull it to 0. With an optimizer of your own
+    that decays everything, `optax.masked(optax.adamw(rate), trainable_mask)` leaves it alone, and
+    `update_router_bias` moves it; `make_optimizer` does so by itself.
+    """
+    return map_leaves(lambda leaf, _: leaf.kind != "fixed", params)
+
+
 def _dimension_numbers(params: Any) -> Any:
     numbers = optax.contrib.MuonDimensionNumbers
     return map_leaves(lambda leaf, _: numbers(*leaf.contracted_and_kept), params)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key, UInt32
 
+from jax_mla.checks.arrays import as_key
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.params import Params, check_shapes, init, param_shardings
 from jax_mla.sharding.mesh import check_mesh
@@ -43,7 +44,7 @@ class TrainState:
 
 
 def init_state(
-    key: Array,
+    key: Key[Array, ""] | UInt32[Array, " words"] | int,
     config: DeepSeekConfig,
     *,
     recipe: Recipe,
@@ -54,17 +55,18 @@ def init_state(
     """The state before the first step, computed directly into its shards.
 
     Args:
+      key: a jax.random key or a seed.
       params: weights to start from, for fine-tuning; they are copied. None draws them with `key`.
       mesh: shards the state by `rules`; None leaves it on one device.
 
     Raises:
-      ValueError: the parameters are not those of the config.
+      ValueError: the parameters are not those of the config, or key or mesh are none.
     """
     if mesh is not None:
         check_mesh(mesh, has_devices=True)
     if params is not None:
         check_shapes(params, _abstract(config, recipe).params)
-    return _maker(config, recipe, mesh, rules)(key, params)
+    return _maker(config, recipe, mesh, rules)(as_key(key), params)
 
 
 @functools.lru_cache

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jax_mla.cache.check import check_cache
 from jax_mla.cache.latent import Cache
-from jax_mla.cache.pages import capacity
+from jax_mla.cache.pages import advance, capacity
+from jax_mla.checks.arrays import check_hidden
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.layers.linear import Linear
+from jax_mla.layers.linear import Linear, RngsLike, as_rngs
 from jax_mla.layers.mla.attend import NewTokens, attend_new, decode, prefill, value_up
 from jax_mla.layers.mla.forms import resolve_form
 from jax_mla.layers.mla.on_mesh import cached_on_mesh, full_on_mesh, to_stripes
@@ -42,7 +45,7 @@ class MLA(nnx.Module):
     """
 
     def __init__(
-        self, config: DeepSeekConfig, *, rngs: nnx.Rngs, placement: Placement | None = None
+        self, config: DeepSeekConfig, *, rngs: RngsLike, placement: Placement | None = None
     ) -> None:
         self.config, self.placement = config, placement
         D, N, Q, C = (
@@ -58,7 +61,7 @@ class MLA(nnx.Module):
             config.cache_row_dim,
         )
         linear = functools.partial(
-            Linear, rngs=rngs, stddev=config.initializer_range, dtype=config.dtype
+            Linear, rngs=as_rngs(rngs), stddev=config.initializer_range, dtype=config.dtype
         )
 
         def bias(axis: str) -> str | None:
@@ -98,6 +101,7 @@ class MLA(nnx.Module):
           form: None lets `choose_form` decide.
           deterministic: of gradients, see `pallas_kernels.flash_attention`.
         """
+        check_hidden(x, self.config.hidden_size, num_axes=3)
         tables = self._tables(x) if tables is None else tables
         out, _ = self.attend(x, Full(tables, segment_ids, form, deterministic))
         return out
@@ -106,33 +110,61 @@ class MLA(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cache: Cache,
-        layer: int | Array,
-        tables: Tables,
+        layer: int | Array = 0,
+        tables: Tables | None = None,
         *,
         plan: MLADecodePlan | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Appends T tokens of every sequence to the cache and attends them to it, absorbed."""
-        return self.attend(x, Decode(tables, plan), cache, layer)
+        """Appends T tokens of every sequence to the cache and attends them to it, absorbed.
+
+        The returned cache counts them: its lengths are advanced, as by `prefill` and by
+        `GroupedQueryAttention.extend`. For a step through several layers of one cache take
+        `attend`, which leaves the lengths, and `cache.advance` after the last layer.
+
+        Args:
+          layer: of the cache.
+          tables: cos and sin of the positions, from `rope_tables`; None counts on from the cache.
+          plan: of `pallas_kernels.mla_decode_plan`; None makes it here.
+
+        Raises:
+          ValueError: the cache is not of these sequences or has no such layer or no room; under jit
+            its room cannot be checked, and rows beyond it are dropped, yet counted.
+        """
+        num_new = self._check(x, cache, layer, None)
+        tables = self._tables_at(_positions_in(cache, x)) if tables is None else tables
+        out, cache = self.attend(x, Decode(tables, plan), cache, layer)
+        return out, advance(cache, num_new)
 
     def prefill(
         self,
         x: Float[Array, "B T D"],
         cache: Cache,
-        layer: int | Array,
-        tables: Tables,
+        layer: int | Array = 0,
+        tables: Tables | None = None,
         *,
-        num_new: Int[Array, " B"],
+        num_new: Int[Array, " B"] | None = None,
         has_context: bool = True,
         form: Form | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends the first num_new[b] of T tokens and attends them to the cache and themselves.
 
+        The returned cache counts them, see `decode`.
+
         Args:
-          num_new: valid tokens of each right-padded row; outputs after them mean nothing.
+          layer, tables: as in `decode`.
+          num_new: valid tokens of each right-padded row, None for all; outputs after them mean
+            nothing.
           has_context: False when the cache is known to be empty.
           form: None lets `choose_form` decide.
+
+        Raises:
+          ValueError: as `decode`.
         """
-        return self.attend(x, Prefill(tables, num_new, has_context, form), cache, layer)
+        num_new = self._check(x, cache, layer, num_new)
+        if tables is None:
+            tables = self._tables_at(to_stripes(_positions_in(cache, x), self.placement))
+        out, cache = self.attend(x, Prefill(tables, num_new, has_context, form), cache, layer)
+        return out, advance(cache, num_new)
 
     def attend(
         self,
@@ -143,8 +175,13 @@ class MLA(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """What the three methods above do, by the kind of pass: the output, and the cache.
 
-        A `Full` pass has no cache and returns the one that it was given.
+        The cache holds the new rows of this layer, but its lengths are as they were, since all
+        layers append at the same place. A `Full` pass has no cache and returns the given one.
+
+        Raises:
+          ValueError: x is not of width D.
         """
+        check_hidden(x, self.config.hidden_size, num_axes=3)
         new, num_new = self._new_tokens(x, phase.tables), x.shape[1]
         form = self._form(phase, num_new, cache)
         run = self._on_devices(phase, x, form)
@@ -183,8 +220,20 @@ class MLA(nnx.Module):
             run = functools.partial(prefill, **options)
         return run if place is None else cached_on_mesh(run, place, sequence)
 
+    def _check(
+        self, x: Array, cache: Cache, layer: int | Array, num_new: Int[Array, " B"] | None
+    ) -> Int[Array, " B"]:
+        """The tokens fit into the cache; returns how many of each row are new."""
+        check_hidden(x, self.config.hidden_size, num_axes=3)
+        new = np.full(x.shape[0], x.shape[1], np.int32) if num_new is None else num_new
+        batch = x.shape[0]
+        check_cache(cache, self.config, new, batch=batch, placement=self.placement, layer=layer)
+        return jnp.asarray(new, jnp.int32)
+
     def _tables(self, x: Array) -> Tables:
-        positions = to_stripes(positions_of(x[..., 0]), self.placement)
+        return self._tables_at(to_stripes(positions_of(x[..., 0]), self.placement))
+
+    def _tables_at(self, positions: Int[Array, "B T"]) -> Tables:
         c = self.config
         return rope_tables(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
 
@@ -204,3 +253,8 @@ class MLA(nnx.Module):
 
     def _output(self, out: Array, form: Form) -> Float[Array, "B T D"]:
         return self.o_proj(value_up(out, self.v_b_proj.array()) if form == "absorbed" else out)
+
+
+def _positions_in(cache: Cache, x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
+    """Positions of new tokens appended to a cache."""
+    return cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]

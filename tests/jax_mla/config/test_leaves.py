@@ -36,7 +36,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_table_is_what_the_layers_declare(config):
-    state = nnx.eval_shape(lambda: nnx.state(DeepSeek(config, rngs=nnx.Rngs(0)), nnx.Param))
+    state = nnx.eval_shape(lambda: nnx.state(DeepSeek(config, rngs=0)))
     declared = {
         path: (
             variable.get_value().shape,

@@ -124,7 +124,7 @@ def test_keys_of_the_old_kind_draw_the_same():
             {},
             r"keys must be 3 .*, one per row .* shape \(\)",
         ),
-        ((jnp.zeros((3, 5)), keys(2)), {}, r"keys must be 3 jax.random keys, .* shape \(2,\)"),
+        ((jnp.zeros((3, 5)), keys(2)), {}, r"keys must be 3 jax.random keys or .* shape \(2,\)"),
         (
             (jnp.zeros((3, 5)), jax.random.PRNGKey(0)),
             {},
@@ -133,7 +133,7 @@ def test_keys_of_the_old_kind_draw_the_same():
         (
             (jnp.zeros((3, 5)), 7),
             {},
-            "keys must be 3 jax.random keys, one per row of logits, got 7",
+            "keys must be 3 jax.random keys or a list of 3 seeds, one per row of logits, got 7",
         ),
         (
             (jnp.zeros((3, 5)), keys(3)),

@@ -1,5 +1,6 @@
 """Meshes of the user's own: some of our axes are enough, and all else is refused in a sentence."""
 
+import dataclasses
 import re
 
 import jax
@@ -199,3 +200,22 @@ def test_a_single_layer_takes_a_mesh_of_some_axes(config):
     place = Placement(auto_mesh(data=2).abstract_mesh, ShardingRules())
     assert place.axes("batch") == ("data",) and place.num_shards("heads") == 1
     jax.eval_shape(lambda: jax_mla.MoE(config, rngs=nnx.Rngs(0), placement=place))
+
+
+def test_an_axis_that_shards_nothing_is_named(config, caplog):
+    """Once, however often shardings are asked for."""
+    for _ in range(2):  # of a size that no other test has
+        jax_mla.param_shardings(config, jax_mla.make_mesh(data=2, sequence=3), layouts.ddp())
+    assert caplog.messages == [
+        "mesh axis 'sequence' of size 3 shards nothing by these rules: the devices along it all "
+        "compute the same"
+    ]
+    caplog.clear()
+    dense = dataclasses.replace(config, first_k_dense_replace=2)
+    jax_mla.param_shardings(dense, auto_mesh(expert=7))
+    assert "mesh axis 'expert' of size 7 shards nothing" in caplog.text
+    caplog.clear()
+    # Stages are for pipelines; the optimizer's state is sharded even where no parameter is.
+    jax_mla.param_shardings(config, jax_mla.make_mesh(stage=2, data=4), layouts.zero1())
+    jax_mla.param_shardings(config, jax_mla.make_mesh(expert=4))
+    assert not caplog.messages
