@@ -117,6 +117,27 @@ def check_batch(
     return tokens, segment_ids
 
 
+def check_right_padded(tokens: Int[Array, "B T"], lengths: Any, config: DeepSeekConfig) -> None:
+    """No prompt begins with padding, nor ends with it where no lengths say so.
+
+    Where prompts may end with the token pad_token_id, lengths of T say that it is none of padding.
+    """
+    pad, num_tokens = config.pad_token_id, tokens.shape[1]
+    values = concrete(tokens)
+    if pad is None or values is None or num_tokens == 1:
+        return
+    counts = None if lengths is None else concrete(as_array("lengths", lengths))
+    is_padded = np.full(len(values), True) if counts is None else counts < num_tokens
+    is_at_end = (values[:, -1] == pad) & (lengths is None)
+    is_at_begin = (values[:, 0] == pad) & is_padded & (pad != config.bos_token_id)
+    for is_wrong, place in ((is_at_begin, "begin"), (is_at_end, "end")):
+        if is_wrong.any():
+            raise ValueError(
+                f"prompts must be padded on the right and have lengths that count their tokens, "
+                f"got pad_token_id {pad} at the {place} of row {is_wrong.argmax()}"
+            )
+
+
 def check_lengths(lengths: Any, tokens: Int[Array, "B T"]) -> Int[Array, " B"]:
     """Valid tokens of each row as int32; None means all."""
     batch, num_tokens = tokens.shape

@@ -21,6 +21,12 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = tuple(DTYPE_BYTES)  # that parameters and caches may have
 
 
+def dtype_name(dtype: Any) -> Any:
+    """The name of a dtype or of a scalar type, such as jnp.bfloat16; anything else unchanged."""
+    name = getattr(dtype, "__name__", None) or getattr(dtype, "name", None)
+    return name if isinstance(name, str) else dtype
+
+
 def is_number(value: Any) -> bool:
     """A finite int or float; booleans are none, nor are integers beyond the range of floats."""
     if not isinstance(value, int | float) or isinstance(value, bool):

@@ -19,6 +19,7 @@ from jax_mla.config.fields import (
     TokenId,
     TokenIds,
     checks_of,
+    dtype_name,
     floats_of,
     is_number,
     one_of,
@@ -35,9 +36,10 @@ DType = Annotated[str, one_of(DTYPES)]
 class DeepSeekConfig:
     """A DeepSeek-family architecture; field names are the checkpoints' own. Hashable.
 
-    New parameters and caches have `dtype`. Layers before `first_k_dense_replace` are dense, the
-    rest are mixtures of experts; dense models (`youtu`, `minicpm3`) have
-    `n_routed_experts=None`. `eos_token_id` is a tuple: generation stops at any of its ids.
+    New parameters and caches have `dtype`, stored as a name: jnp.bfloat16 as "bfloat16". Layers
+    before `first_k_dense_replace` are dense, the rest are mixtures of experts; dense models
+    (`youtu`, `minicpm3`) have `n_routed_experts=None`. `eos_token_id` is a tuple: generation stops
+    at any of its ids.
 
     Raises:
       ValueError: sizes disagree; the message names both with their values.
@@ -88,6 +90,7 @@ class DeepSeekConfig:
     dtype: DType = "float32"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
         if self.qk_rope_head_dim % 2:
@@ -191,7 +194,7 @@ class DeepSeekConfig:
           ValueError: the architecture is unknown or has a part that this library does not compute,
             or two names of one field disagree; the message names the fields and their values.
         """
-        fields = hf.read(config, dtype)
+        fields = hf.read(config, dtype_name(dtype))
         for name in _FLOATS & fields.keys():
             if type(fields[name]) is int and is_number(fields[name]):
                 fields[name] = float(fields[name])

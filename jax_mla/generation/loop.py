@@ -15,7 +15,13 @@ from jaxtyping import Array, Bool, Int, Key
 from jax_mla.cache.latent import LatentCache
 from jax_mla.cache.pages import advance
 from jax_mla.checks.arrays import as_array, as_int32, concrete
-from jax_mla.checks.tokens import check_lengths, check_positions, check_rope, check_tokens
+from jax_mla.checks.tokens import (
+    check_lengths,
+    check_positions,
+    check_right_padded,
+    check_rope,
+    check_tokens,
+)
 from jax_mla.config.model import DeepSeekConfig
 from jax_mla.generation.buckets import bucket, prompt_bucket
 from jax_mla.generation.keys import request_keys, token_keys
@@ -64,7 +70,7 @@ def generate(
 
     Args:
       tokens: right-padded prompts.
-      lengths: tokens of each prompt, at least 1; None means all T.
+      lengths: tokens of each prompt, at least 1; None means all T, none of which is padding.
       temperature, top_k, top_p, min_p: the fields of `SamplingOptions`, see `sample`; temperature
         0 always takes the most likely token, and the others then have no effect.
       key: a jax.random key or a seed from 0 to 2**32 - 1, from which row i takes fold_in(key, i);
@@ -79,14 +85,16 @@ def generate(
     traced; everything else is static. Prompts of traced lengths count as T tokens in the checks.
 
     Raises:
-      ValueError: a prompt is empty, a token id is outside the vocabulary, prompt and continuation
-        are more than config.max_position_embeddings, an option is out of its range, or the
-        parameters are not those of the config; the message names the value.
+      ValueError: a prompt is empty, or padded on the left or without lengths; a token id is outside
+        the vocabulary, prompt and continuation are more than config.max_position_embeddings, an
+        option is out of its range, or the parameters are not those of the config; the message names
+        the value.
       FloatingPointError: the logits of a row are not finite; the message names row and step. It
         cannot be raised where `generate` is traced: see `Generated`.
     """
     check_params(params, config, rules)
     tokens = check_tokens(tokens, config)
+    check_right_padded(tokens, lengths, config)
     lengths = check_lengths(lengths, tokens)
     _check_sizes(config, lengths, tokens.shape[1], max_new_tokens)
     options = SamplingOptions(temperature, top_k, top_p, min_p).arrays()

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from jax_mla.checks.sizes import check_one_of
+from jax_mla.config.fields import dtype_name
 from jax_mla.params import Params, map_leaves
 
 FloatName = Literal["float32", "bfloat16", "float16"]
@@ -40,6 +41,7 @@ class Precision:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, dtype_name(getattr(self, field.name)))
             check_one_of(field.name, getattr(self, field.name), get_args(FloatName))
         if self.param == "float16":
             raise ValueError(

@@ -77,6 +77,8 @@ class Recipe:
         self._check()
 
     def _check(self) -> None:
+        if not isinstance(self.precision, Precision):
+            raise ValueError(f"precision must be a Precision, got {self.precision!r}")
         for name, literal in (
             ("optimizer", OptimizerName),
             ("schedule", ScheduleName),

@@ -4,11 +4,14 @@ import dataclasses
 import json
 import math
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from golden_sets import NAMES, read_config
 
 import jax_mla
 from jax_mla import DeepSeekConfig
+from jax_mla.training import Precision
 
 PRESETS = ["tiny", "v2_lite", "v2", "v3", "kimi_k2"]
 YARN = {
@@ -262,3 +265,16 @@ def with_longrope(**fields):
 def test_what_cannot_be_computed_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         DeepSeekConfig.from_hf(config)
+
+
+def test_a_dtype_may_be_one_of_jax_or_numpy():
+    """Wherever a config or a recipe names one; it is kept, and hashes, as its name."""
+    for dtype in (jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"):
+        config = dataclasses.replace(jax_mla.tiny(), dtype=dtype)
+        assert config.dtype == "bfloat16"
+        assert hash(config) == hash(dataclasses.replace(jax_mla.tiny(), dtype="bfloat16"))
+        assert jax_mla.DeepSeekConfig.from_hf(V3, dtype=dtype).dtype == "bfloat16"
+        assert Precision(compute=dtype) == Precision(compute="bfloat16")
+    assert dataclasses.replace(jax_mla.tiny(), dtype=np.float32).dtype == "float32"
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, .* got 'int8'"):
+        dataclasses.replace(jax_mla.tiny(), dtype=jnp.int8)

@@ -343,3 +343,29 @@ def test_where_it_cannot_raise_the_row_ends(broken, prompts, greedy):
     assert (out.tokens[0, 3:] == CONFIG.pad_token_id).all()
     np.testing.assert_array_equal(out.tokens[0, :3], greedy[0, :3])
     np.testing.assert_array_equal(out.tokens[1:], greedy[1:])
+
+
+@pytest.mark.parametrize(
+    ("row", "lengths", "message"),
+    [
+        ([258, 258, 5, 6], None, "at the begin of row 1"),
+        ([258, 5, 6, 7], [4, 3], "at the begin of row 1"),
+        ([5, 6, 258, 258], None, "at the end of row 1"),
+    ],
+    ids=["left", "left with lengths", "right"],
+)
+def test_padding_that_is_not_said_to_be_is_refused(row, lengths, message, params):
+    tokens = [[1, 2, 3, 4], row]
+    message = f"padded on the right and have lengths .* got pad_token_id 258 {message}"
+    with pytest.raises(ValueError, match=message):
+        jax_mla.generate(params, CONFIG, tokens, max_new_tokens=2, lengths=lengths)
+
+
+def test_the_pad_token_may_be_a_token(params):
+    """Where lengths count it, where it is the first token of all texts, and alone."""
+    options = {"max_new_tokens": 2, "eos_token_ids": ()}
+    tokens = np.asarray([[258, 1, 2, 258], [3, 4, 258, 258]])
+    jax_mla.generate(params, CONFIG, tokens, lengths=[4, 2], **options)
+    jax_mla.generate(params, CONFIG, tokens[:, :1], **options)
+    config = dataclasses.replace(CONFIG, bos_token_id=258)
+    jax_mla.generate(params, config, tokens[:1, :3], **options)

@@ -49,6 +49,7 @@ def test_a_recipe_takes_a_hundredth_to_warm_up_and_a_fifth_to_decay():
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number .* got nan"),
         ({"b2": 1.0}, "b2 must be at least 0 and below 1, got 1.0"),
         ({"clip_norm": 0.0}, "clip_norm must be a finite number above 0, got 0.0"),
+        ({"precision": "float32"}, "precision must be a Precision, got 'float32'"),
         ({"eps": -1e-8}, "eps must be a finite number above 0, got -1e-08"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
