@@ -19,7 +19,7 @@ from jax_mla.layers.mla.on_mesh import decode_plan, from_stripes, to_stripes
 from jax_mla.layers.moe.load import LayerLoad
 from jax_mla.layers.norm import RMSNorm
 from jax_mla.layers.rope import positions_of, rope_tables
-from jax_mla.phases import Decode, Form, Full, Phase, Prefill, Tables
+from jax_mla.phases import Decode, Form, Full, Phase, Prefill, Tables, appended
 from jax_mla.sharding.placement import Placement
 
 
@@ -149,7 +149,7 @@ class DeepSeek(nnx.Module):
     ) -> Decode:
         """A pass that appends T tokens of every sequence to a cache; arguments as in `Decode`."""
         num_new, page_size = tokens.shape[1], cache.pages.shape[2]
-        lengths = cache.lengths + num_new
+        lengths = cache.lengths + appended(tokens, valid)
         plan = decode_plan(lengths, num_new, page_size, self.config, self.placement)
         return Decode(self._tables(_positions_in(cache, tokens)), plan, valid)
 

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Literal
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels import MLADecodePlan
 
@@ -64,12 +65,18 @@ class Decode:
 
     Attributes:
       plan: made once per step for all layers; None makes one in every layer.
-      valid: as in `Full`.
+      valid: as in `Full`. A row without any appends nothing, and its output means nothing.
     """
 
     tables: Tables
     plan: MLADecodePlan | None = None
     valid: Bool[Array, "B T"] | None = None
+
+
+def appended(x: Shaped[Array, "B T *rest"], valid: Bool[Array, "B T"] | None) -> Int[Array, " B"]:
+    """Tokens that decoding appends to each sequence: all T, or 0 where none of them is valid."""
+    every = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+    return every if valid is None else jnp.where(valid.any(axis=1), every, 0)
 
 
 Phase = Full | Prefill | Decode

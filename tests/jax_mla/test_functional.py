@@ -412,3 +412,27 @@ def test_bad_input_is_refused(case, params, tokens):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call(params, tokens, paged())
+
+
+def test_a_row_without_valid_tokens_decodes_nothing():
+    """Its pages keep every bit, whatever its table names, and the other rows do not see it."""
+    params = jax_mla.init(jax.random.key(0), CONFIG)
+    table = np.asarray([[2, 0], [-1, 0]])
+    cache = jax_mla.PagedLatentCache.with_table(CONFIG, table, num_pages=4, page_size=4)
+    cache = dataclasses.replace(cache, pages=cache.pages.at[:, 1].set(np.nan).at[:, 3].set(np.nan))
+
+    @jax.jit
+    def step(tokens, cache, valid):
+        model = jax_mla.bind(params, CONFIG)
+        out = model.run(tokens, model.decoding(tokens, cache, valid=valid), cache)
+        return out.x, out.cache.pages
+
+    tokens, valid = np.asarray([[3], [5]]), np.asarray([[True], [False]])
+    x, pages = step(tokens, cache, valid)
+    expected, _ = step(tokens, dataclasses.replace(cache, pages=cache.pages.at[:].set(0)), valid)
+    np.testing.assert_array_equal(x[0], expected[0])
+    assert np.isfinite(x).all()
+    changed = np.asarray(pages != cache.pages) & ~np.isnan(pages)
+    assert changed[:, 2, 0].any()
+    changed[:, 2, 0] = False
+    assert not changed.any()

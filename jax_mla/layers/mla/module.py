@@ -22,7 +22,7 @@ from jax_mla.layers.mla.forms import resolve_form
 from jax_mla.layers.mla.on_mesh import cached_on_mesh, full_on_mesh, to_stripes
 from jax_mla.layers.norm import LATENT_NORM_EPS, RMSNorm
 from jax_mla.layers.rope import positions_of, rope_tables, rotate
-from jax_mla.phases import Decode, Form, Full, Phase, Prefill, Tables
+from jax_mla.phases import Decode, Form, Full, Phase, Prefill, Tables, appended
 from jax_mla.sharding.placement import Placement
 from pallas_kernels import MLADecodePlan
 
@@ -190,8 +190,7 @@ class MLA(nnx.Module):
         elif isinstance(phase, Prefill):
             out, cache = run(new, cache, layer, phase.num_new, None)
         else:
-            every_row = jnp.full(x.shape[:1], num_new, jnp.int32)
-            out, cache = run(new, cache, layer, every_row, phase.plan)
+            out, cache = run(new, cache, layer, appended(x, phase.valid), phase.plan)
         return self._output(out.astype(x.dtype), form), cache
 
     def _form(self, phase: Phase, num_new: int, cache: Cache | None) -> Form:
