@@ -102,7 +102,10 @@ SUBPACKAGE_NAMES = {
         "Block", "GroupedQueryAttention", "KeyValueCache", "Linear", "MLA", "MoE", "RMSNorm",
         "SwiGLU",
     },
-    "serving": {"Request", "RequestOptions"},
+    "serving": {
+        "AsyncEngine", "Engine", "Event", "Request", "RequestOptions", "Stats", "StopStrings",
+        "TokenLogprobs",
+    },
     "sharding": {
         "ExpertDispatch", "MESH_AXES", "Placement", "ShardingRules", "layouts", "make_mesh",
     },

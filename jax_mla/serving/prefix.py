@@ -10,7 +10,7 @@ import array
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 Key = bytes
 
@@ -60,8 +60,9 @@ class PrefixCache:
     def __contains__(self, page: int) -> bool:
         return page in self._entries
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    def pages(self) -> Collection[int]:
+        """All that can be found."""
+        return self._entries.keys()
 
     def root(self, **salt: str) -> Key:
         """The parent of first pages. Equal tokens under another salt are other pages.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jax_mla.checks.sizes import check_positive
 
-FinishReason = Literal["stop", "length", "abort", "timeout"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 # Biased tokens that one request may have, those included that min_tokens holds back.
 MAX_BIASED_TOKENS = 320
 MAX_TOP_LOGPROBS = 20
@@ -104,7 +104,7 @@ class Request:
       stop_ids: ids that end it.
       deadline: seconds of the engine's clock.
       finish_reason: None while it runs; "stop" at an end token, "length" at max_new_tokens,
-        "abort", or "timeout".
+        "abort", "timeout", or "error" where its logits are not finite.
       logprobs: of every token, where options.logprobs asks for them.
       num_hit_tokens: tokens found in the prefix cache when it was first admitted.
     """

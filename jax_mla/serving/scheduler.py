@@ -191,6 +191,9 @@ class Scheduler:
     def read_back(self, chosen: Sequence[int]) -> list[Request | None]:
         """Takes the tokens that the oldest step in flight chose for its `choosing` requests.
 
+        Args:
+          chosen: -1 where there is none, because logits are not finite.
+
         Returns:
           The requests that each of the tokens was added to; None for one that had ended before.
         """
@@ -207,6 +210,8 @@ class Scheduler:
         return receivers
 
     def _write(self, request: Request, token: int) -> None:
+        if token < 0:
+            return self.finish(request, "error")
         request.ids.append(token)
         self.counters.generated_tokens += 1
         self._register(request)
