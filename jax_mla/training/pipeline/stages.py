@@ -167,10 +167,10 @@ def _is_embedding(name: str, value: Any) -> bool:
 def _check_mesh(mesh: Mesh) -> None:
     """It has the axes of `make_mesh`, and devices of every process."""
     check_mesh(mesh, has_devices=True)
-    if absent := [axis for axis in MESH_AXES if axis not in mesh.axis_names]:
+    if set(mesh.axis_names) != set(MESH_AXES):
         raise ValueError(
-            f"the mesh of a pipeline must have all axes of jax_mla.make_mesh, got "
-            f"{mesh.axis_names} without {', '.join(absent)}"
+            f"the mesh of a pipeline must have all axes {MESH_AXES} of jax_mla.make_mesh, got axes "
+            f"{mesh.axis_names}"
         )
     processes = {device.process_index for device in mesh.devices.flat}
     if len(processes) != jax.process_count():
