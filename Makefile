@@ -5,7 +5,6 @@ KERNELS_JAX := 0.11.2
 KERNELS_PYTHON ?= $(shell for p in $(PYTHON) python3.13 python3.12 \
 	$${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[23]*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
-# Examples, which run as a user would run them, drop this.
 FAST_COMPILE = XLA_FLAGS="$$($(1) tests/fast_compile.py) $(XLA_FLAGS)" $(1)
 PIP := -m pip --disable-pip-version-check install --quiet
 
@@ -17,9 +16,9 @@ demo: .venv/.installed  ## generate text with the bundled model
 test: .venv/.installed-test  ## the test suite
 	$(call FAST_COMPILE,.venv/bin/python) -m pytest -q -m "not slow" -n 2 --dist worksteal
 
-test-slow: .venv/.installed-test  ## what `test` leaves out, and golden logits with XLA's optimiser on
+test-slow: .venv/.installed-test  ## what `test` leaves out; golden logits and examples as XLA compiles for users
 	$(call FAST_COMPILE,.venv/bin/python) -m pytest -q -m slow -n 2 --dist worksteal
-	.venv/bin/python -m pytest -q tests/jax_mla/test_golden.py -n 2 --dist worksteal
+	.venv/bin/python -m pytest -q tests/jax_mla/test_golden.py tests/examples -n 2 --dist worksteal
 
 test-kernels:  ## the same suite on the newer jax, with kernels simulated and compiled for sm_90a
 	@$(if $(KERNELS_PYTHON),$(MAKE) --no-print-directory run-test-kernels,\

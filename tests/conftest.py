@@ -1,5 +1,6 @@
 """Weather that every test runs in: eight fake CPU devices, no silent broadcasting, fixed seeds."""
 
+import gc
 import zlib
 
 import hypothesis
@@ -11,6 +12,10 @@ from kernel_tools import aot, interpreter
 # Read when the CPU backend starts, which no import of ours may do.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes millions of objects, most of which stay: to look for cycles among them again and
+# again takes a tenth of the time.
+gc.set_threshold(100_000, 20, 50)
 
 # No deadline: the first example compiles. Derandomised: a red test is red for everyone.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=25)
