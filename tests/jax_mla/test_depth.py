@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import random_params
 
 import jax_mla
 from jax_mla import functional
@@ -20,7 +21,7 @@ TOKEN = np.zeros((2, 1), np.int32)
 
 @pytest.fixture(scope="module")
 def params():
-    return jax_mla.init(jax.random.key(0), CONFIG)
+    return random_params(CONFIG)
 
 
 def test_at_most_seven_frames_from_decode_step_to_the_op(params, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -74,16 +75,18 @@ def empty_cache(kind, config, batch, tokens):
     return jax_mla.PagedLatentCache.with_table(config, table, num_pages=pages, page_size=8)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "form"),
-    [
-        (name, kind, form)
-        for name in ("v3", "v2_yarn", "minicpm3")
-        for kind in KINDS
-        for form in FORMS
-    ]
-    + [(name, "paged", None) for name in sets_with("step_logits")],
-)
+# Every set once; of a few sets each cache in each form, most of them `slow`, because
+# test_functional compares all of them with `forward`, which is compared with the sets above.
+CACHED_STEPS = [(name, "paged", None) for name in sets_with("step_logits")]
+CACHED_STEPS += [("v3", "dense", "absorbed"), ("v3", "paged", "expanded")]
+SLOW_CACHED_STEPS = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(("v3", "v2_yarn", "minicpm3"), KINDS, FORMS)
+    if case not in CACHED_STEPS
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "form"), CACHED_STEPS + SLOW_CACHED_STEPS)
 def test_cached_steps(name, kind, form):
     """A prompt in two chunks, then one token at a time, against the reference's cached steps."""
     params, config, golden = load(name)

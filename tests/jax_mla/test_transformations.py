@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import random_params
 
 import jax_mla
 from jax_mla.training import next_token_loss
@@ -21,7 +22,7 @@ SEGMENTS = np.asarray([[0, 0, 1, 1, 1], [0, 1, 1, 1, -1]])
 
 @pytest.fixture(scope="module")
 def params(config):
-    return jax_mla.init(jax.random.key(0), config)
+    return random_params(config)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from weights import random_params
 
 import jax_mla
 from jax_mla.cache.pages import advance, append, capacity, layer_pages, truncate
@@ -78,7 +79,7 @@ def test_truncate_shortens_and_never_lengthens(jit):
 @pytest.mark.parametrize("make", [jax_mla.LatentCache.empty, None], ids=["dense", "paged"])
 def test_a_truncated_cache_is_one_that_never_held_the_rest(make):
     """Decoding again after a rejected draft; the rows of the draft are poison."""
-    params = jax_mla.init(jax.random.key(0), CONFIG)
+    params = random_params(CONFIG)
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 9))
     if make is None:
         cache = jax_mla.PagedLatentCache.empty(CONFIG, 6, 4, batch=2)

@@ -15,6 +15,7 @@ from numerics import assert_same_bits
 from safetensors import SafetensorError
 from safetensors.flax import load_file as load_jax
 from safetensors.numpy import load_file
+from weights import random_params
 
 import jax_mla
 from jax_mla.checkpoint import files, saving
@@ -311,7 +312,7 @@ def test_a_model_without_experts_is_saved_and_loaded_back(golden, tmp_path, name
     else:
         layers = config.num_hidden_layers
         dense = dataclasses.replace(config, first_k_dense_replace=layers)
-    params = jax_mla.init(jax.random.key(0), dense)
+    params = random_params(dense)
     assert "moe_layers" not in params
     jax_mla.save(tmp_path / "out", params, dense)
     again, config_again = jax_mla.load(tmp_path / "out")

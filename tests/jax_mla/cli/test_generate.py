@@ -3,10 +3,10 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import random_params
 
 import jax_mla
 from jax_mla.cli.main import main
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
         num_attention_heads=2,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("model") / "small"
-    jax_mla.save(path, jax_mla.init(jax.random.key(0), config), config)
+    jax_mla.save(path, random_params(config), config)
     return path
 
 

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from weights import random_params
 
 import jax_mla
 from jax_mla.analysis.flops import flops_per_token
@@ -128,7 +129,7 @@ def test_bad_input_is_one_line(small, capsys, options, message):
 
 def test_weights_are_read_where_the_state_will_lie(tmp_path):
     config = dataclasses.replace(jax_mla.tiny(), num_hidden_layers=1)
-    params = jax_mla.init(jax.random.key(0), config)
+    params = random_params(config)
     jax_mla.save(tmp_path / "model", params, config)
     assert params_loader(None, None) is None
     mesh = jax_mla.make_mesh(stage=2)

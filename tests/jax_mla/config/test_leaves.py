@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from golden_sets import NAMES, read_config
+from weights import random_params
 
 import jax_mla
 from jax_mla.analysis.memory import training_bytes
@@ -95,7 +96,7 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_an_unknown_leaf_is_refused(reader):
     config = jax_mla.tiny()
-    params = with_unknown(jax_mla.init(jax.random.key(0), config), "indexer")
+    params = with_unknown(random_params(config), "indexer")
     # `bind` compares with the config, and lists every difference.
     with pytest.raises(ValueError, match=r"indexer.* is not|unexpected \(1\): .*mlp\.indexer"):
         reader(params, config)
@@ -103,7 +104,7 @@ def test_an_unknown_leaf_is_refused(reader):
 
 def test_an_unknown_leaf_is_not_saved_and_not_explained(tmp_path):
     config = jax_mla.tiny()
-    params = with_unknown(jax_mla.init(jax.random.key(0), config), "indexer")
+    params = with_unknown(random_params(config), "indexer")
     with pytest.raises(ValueError, match=r"unexpected.*\n?.*moe_layers.mlp.indexer"):
         jax_mla.save(tmp_path / "folder", params, config)
     mesh = jax_mla.make_mesh(data=2)
@@ -117,7 +118,7 @@ def test_an_unknown_leaf_is_not_saved_and_not_explained(tmp_path):
 
 def test_an_unknown_stack_is_refused():
     config = jax_mla.tiny()
-    params = jax_mla.init(jax.random.key(0), config)
+    params = random_params(config)
     params["mtp_layers"] = params["moe_layers"]
     with pytest.raises(ValueError, match=r"mtp_layers\..* is not a parameter"):
         Pipeline(config, jax_mla.make_mesh(stage=2)).part(params, 0)

@@ -7,17 +7,20 @@ import chex
 import jax
 import numpy as np
 import pytest
+from weights import random_params
 
 import jax_mla
 from jax_mla.generation import buckets, loop
 
-CONFIG = dataclasses.replace(jax_mla.tiny(), initializer_range=0.1, num_hidden_layers=2)
+CONFIG = dataclasses.replace(
+    jax_mla.tiny(), initializer_range=0.1, num_hidden_layers=2, first_k_dense_replace=0
+)
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def params():
-    return jax_mla.init(jax.random.key(0), CONFIG)
+    return random_params(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from weights import random_params
 
 import jax_mla
 from jax_mla.sharding import ExpertDispatch, layouts
@@ -22,7 +23,7 @@ LIMITED = dataclasses.replace(UNLIMITED, dispatch=ExpertDispatch("a2a", 0.5))
 
 @pytest.fixture(scope="module")
 def params():
-    params = jax_mla.init(jax.random.key(0), CONFIG)
+    params = random_params(CONFIG)
     shardings = jax_mla.param_shardings(CONFIG, jax_mla.make_mesh(expert=8), UNLIMITED)
     return jax.device_put(params, shardings)
 

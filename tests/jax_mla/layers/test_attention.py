@@ -1,5 +1,6 @@
 """Grouped-query attention: MHA, GQA and MQA against a loop in numpy, and with a cache."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,12 +46,12 @@ def test_whole_sequence_and_cached_steps(kv_heads, rng):
     gqa = layer(kv_heads)
     x = normal(rng, (2, 11, D))
     want = written_out(gqa, x, kv_heads)
-    assert_close(gqa(x), want, "float32")
-    cache = jax_mla.KeyValueCache.empty(2, 16, kv_heads, K)
-    first, cache = gqa.extend(x[:, :7], cache)
+    assert_close(jax.jit(gqa)(x), want, "float32")
+    cache, extend = jax_mla.KeyValueCache.empty(2, 16, kv_heads, K), jax.jit(gqa.extend)
+    first, cache = extend(x[:, :7], cache)
     parts = [first]
     for t in range(7, 11):
-        y, cache = gqa.extend(x[:, t : t + 1], cache)
+        y, cache = extend(x[:, t : t + 1], cache)
         parts.append(y)
     assert_close(jnp.concatenate(parts, axis=1), want, "float32")
     assert cache.lengths.tolist() == [11, 11]
@@ -60,14 +61,14 @@ def test_a_chunk_over_ragged_caches(rng):
     """Five cached tokens and two; what holds no token holds NaN."""
     gqa = layer(2)
     x = normal(rng, (2, 11, D))
-    want = written_out(gqa, x, 2)
-    _, cache = gqa.extend(x[:, :5], jax_mla.KeyValueCache.empty(2, 11, 2, K))
+    want, extend = written_out(gqa, x, 2), jax.jit(gqa.extend)
+    _, cache = extend(x[:, :5], jax_mla.KeyValueCache.empty(2, 11, 2, K))
     lengths = np.array([5, 2])
     is_free = np.arange(11) >= lengths[:, None]
     keys, values = poison(cache.keys, is_free), poison(cache.values, is_free)
     cache = jax_mla.KeyValueCache(keys, values, jnp.asarray(lengths))
     chunk = jnp.stack([x[0, 5:11], x[1, 2:8]])
-    got, cache = gqa.extend(chunk, cache)
+    got, cache = extend(chunk, cache)
     assert_close(got, np.stack([want[0, 5:11], want[1, 2:8]]), "float32")
     assert cache.lengths.tolist() == [11, 8]
 

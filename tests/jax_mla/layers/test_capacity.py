@@ -7,29 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from layouts import MESH_LAYOUTS
 from numerics import assert_close, normal
 
 import jax_mla
 from jax_mla.layers.moe.exchange import admitted
-from jax_mla.sharding import ExpertDispatch, Placement, layouts
 
 CONFIG = dataclasses.replace(jax_mla.tiny(), num_attention_heads=4, num_hidden_layers=3)
 CAPACITY = 0.5
 # Tokens sharded over the devices of the experts, and tokens that these devices hold together.
-MESHES = {
-    "split": ({"expert": 8}, layouts.dp_attention_ep()),
-    "replicated": ({"data": 2, "expert": 4}, layouts.tensor_parallel()),
+LAYOUTS = {
+    "split": MESH_LAYOUTS["dp_attention_ep_8"].dispatching("a2a", CAPACITY),
+    "replicated": MESH_LAYOUTS["data_expert"].dispatching("a2a", CAPACITY),
 }
 
 
-@pytest.fixture(params=MESHES)
+@pytest.fixture(params=LAYOUTS)
 def run(request):
     """Output, gradient and dropped count of a layer for tokens x, of which some are valid."""
-    sizes, rules = MESHES[request.param]
-    rules = dataclasses.replace(rules, dispatch=ExpertDispatch("a2a", CAPACITY))
-    mesh = jax_mla.make_mesh(**sizes)
-    place = Placement(mesh.abstract_mesh, rules)
+    layout = LAYOUTS[request.param]
+    place = layout.placement()
     graphdef, weights = nnx.split(jax_mla.MoE(CONFIG, rngs=nnx.Rngs(0), placement=place))
 
     @jax.jit
@@ -44,8 +41,7 @@ def run(request):
         return y, dx, layer.route(x, valid).num_dropped
 
     def placed(x, valid):
-        arrays = weights, x, jnp.asarray(valid)
-        return run(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
+        return run(*layout.replicate((weights, x, jnp.asarray(valid))))
 
     return placed
 

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from kernel_tools import aot
 from layouts import MESH_LAYOUTS, Layout, slow_unless
 from numerics import assert_close, normal
+from weights import random_params
 
 import jax_mla
 from jax_mla.layers.linear import ExpertPool
@@ -314,7 +315,7 @@ def test_nothing_is_dropped_where_nothing_is_sent():
 @pytest.mark.slow
 def test_forward_trace_and_loss_report_dropped_choices():
     layout = MESH_LAYOUTS["dp_attention_ep_8"].dispatching("a2a", 0.5)
-    params = layout.place(jax_mla.init(jax.random.key(0), CONFIG), CONFIG)
+    params = layout.place(random_params(CONFIG), CONFIG)
     tokens = np.random.default_rng(0).integers(0, 256, (8, 16))
     trace = jax_mla.forward_trace(params, CONFIG, tokens, rules=layout.rules)
     dropped = [dropped_of(of_layer, 0.5) for of_layer in trace.expert_index]

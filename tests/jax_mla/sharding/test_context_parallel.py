@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from kernel_tools import aot
 from layouts import MESH_LAYOUTS
 from numerics import assert_close, normal
+from weights import random_params
 
 import jax_mla
 from jax_mla.cache.shards import own_lengths
@@ -44,7 +45,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def params():
-    return jax_mla.init(jax.random.key(0), CONFIG)
+    return random_params(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_every_device_sees_equally_many_keys(form, mesh, rng):
 @pytest.mark.slow
 def test_trace_is_in_the_order_of_positions(tokens):
     config = dataclasses.replace(CONFIG, num_hidden_layers=1, first_k_dense_replace=0)
-    params = jax_mla.init(jax.random.key(0), config)
+    params = random_params(config)
     want = jax_mla.forward_trace(params, config, tokens)
     params = LAYOUT.place(params, config)
     got = jax_mla.forward_trace(params, config, tokens, rules=RULES)

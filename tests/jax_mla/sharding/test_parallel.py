@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from layouts import MESH_LAYOUTS, slow_unless
 from numerics import assert_close
+from weights import random_params
 
 import jax_mla
 from jax_mla.sharding import layouts
@@ -28,7 +29,7 @@ B, T = 8, 32
 
 @pytest.fixture(scope="module")
 def params():
-    return jax_mla.init(jax.random.key(0), CONFIG)
+    return random_params(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +102,23 @@ def test_generated_tokens(layout, params, tokens):
     np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
+def loss_and_gradients(params, tokens, rules=None):
+    def loss(params):
+        return next_token_loss(params, CONFIG, tokens, rules=rules).loss
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(params, tokens):
+    return loss_and_gradients(params, tokens)
+
+
 @pytest.mark.parametrize("layout", slow_unless(["zero3", "data_tensor_expert_a2a"], NAMES))
-def test_loss_and_gradients(layout, params, tokens):
-    def value_and_grad(params, rules):
-        def loss(params):
-            return next_token_loss(params, CONFIG, tokens, rules=rules).loss
-
-        return jax.jit(jax.value_and_grad(loss))(params)
-
-    want, want_gradients = value_and_grad(params, None)
-    placed_params, rules = placed(layout, params)
-    got, gradients = value_and_grad(placed_params, rules)
-    assert_close(got, want, "float32")
-    jax.tree.map(lambda g, w: assert_close(g, w, "float32"), gradients, want_gradients)
+def test_loss_and_gradients(layout, params, tokens, on_one_device):
+    params, rules = placed(layout, params)
+    got = loss_and_gradients(params, tokens, rules)
+    jax.tree.map(lambda g, w: assert_close(g, w, "float32"), got, on_one_device)
 
 
 def test_a_pool_that_crosses_devices_is_refused(params, tokens):

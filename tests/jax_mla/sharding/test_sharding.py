@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from numerics import assert_close
+from weights import random_params
 
 import jax_mla
 from jax_mla import ShardingRules
@@ -73,7 +74,7 @@ def test_every_parameter_has_a_sharding():
 
 def test_sharded_parameters_give_the_same_logits():
     config = jax_mla.tiny()
-    params = jax_mla.init(jax.random.key(0), config)
+    params = random_params(config)
     shardings = jax_mla.param_shardings(config, jax_mla.make_mesh(fsdp=2, tensor=2, expert=2))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 16)))
     got = jax_mla.forward(jax.device_put(params, shardings), config, tokens)

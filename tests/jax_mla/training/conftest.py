@@ -1,15 +1,21 @@
 """What the small model of these tests begins with."""
 
-import jax
+import dataclasses
+
 import numpy as np
 import pytest
+from weights import random_params
 
-import jax_mla
+
+@pytest.fixture(scope="session")
+def config(config):
+    """One mixture of experts: a dense layer in front would only be compiled along."""
+    return dataclasses.replace(config, num_hidden_layers=1, first_k_dense_replace=0)
 
 
 @pytest.fixture(scope="session")
 def params(config):
-    return jax_mla.init(jax.random.key(0), config)
+    return random_params(config)
 
 
 @pytest.fixture(scope="session")

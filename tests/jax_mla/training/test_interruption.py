@@ -47,6 +47,7 @@ def starter(folder, config):
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, config):
     """Of the smallest model that has every part."""
+    config = dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1)
     return starter(tmp_path_factory.mktemp("command"), config)
 
 
@@ -90,7 +91,7 @@ def assert_same_run(out, wanted):
 
 def test_three_kills_of_one_run(tmp_path, config, rng):
     """A model of one dense layer, killed while it trains and saves; this process ends the run."""
-    command = starter(tmp_path, dataclasses.replace(config, num_hidden_layers=1))
+    command = starter(tmp_path, dataclasses.replace(config, first_k_dense_replace=1))
     assert main(train_words(tmp_path, tmp_path / "whole")) == 0
     codes = []
     for step in (2, 5, 8):

@@ -98,6 +98,12 @@ class TrainCommand:
 
 
 @pytest.fixture(scope="module")
+def config(config):
+    """One dense layer and one mixture of experts."""
+    return dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1)
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory, config):
     """A config, a text, and a place for what is compiled."""
     folder = tmp_path_factory.mktemp("run")

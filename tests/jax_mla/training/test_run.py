@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from numerics import assert_close, assert_same_bits
+from weights import random_params
 
 import jax_mla
 from jax_mla.sharding import layouts
@@ -28,6 +29,28 @@ def uninterrupted(config, data):
     result = train(config, RECIPE, data, on_step=reports.append)
     assert result.reason == "finished"
     return result.state, reports
+
+
+@pytest.fixture(scope="module")
+def config(config):
+    """A dense layer and a mixture of experts, one for each of two stages."""
+    return dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1)
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return random_params(config)
+
+
+@pytest.fixture(scope="module")
+def small_config(config):
+    """One dense layer, for what does not depend on the model."""
+    return dataclasses.replace(config, num_hidden_layers=1, first_k_dense_replace=1)
+
+
+@pytest.fixture(scope="module")
+def small_params(small_config):
+    return random_params(small_config)
 
 
 def stop_after(step):
@@ -174,29 +197,29 @@ def test_another_run_is_not_resumed(tmp_path, config, data, what, change, messag
             train(**run, checkpoints=store, resume=True)
 
 
-def test_a_run_of_another_length_resumes_and_says_so(tmp_path, config, data):
+def test_a_run_of_another_length_resumes_and_says_so(tmp_path, small_config, data):
     with Checkpoints(tmp_path) as store:
-        train(config, RECIPE, data, checkpoints=store, **stop_after(1)[1])
+        train(small_config, RECIPE, data, checkpoints=store, **stop_after(1)[1])
         longer, notices = dataclasses.replace(RECIPE, num_steps=2), []
         options = {"checkpoints": store, "resume": True, "on_notice": notices.append}
-        assert train(config, longer, data, **options).state.step == 2
+        assert train(small_config, longer, data, **options).state.step == 2
     assert notices[1:] == ["the learning rate now follows a schedule of 2 steps, not of 6"]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_unsaved(tmp_path, config, data, params):
-    broken = jax.tree.map(lambda x: x * np.nan, params)
+def test_a_loss_that_is_no_number_ends_the_run_unsaved(tmp_path, small_config, data, small_params):
+    broken = jax.tree.map(lambda x: x * np.nan, small_params)
     with Checkpoints(tmp_path) as store:
         with pytest.raises(ValueError, match="the loss of step 1 is nan"):
-            train(config, RECIPE, data, params=broken, checkpoints=store, save_every=1)
+            train(small_config, RECIPE, data, params=broken, checkpoints=store, save_every=1)
         assert store.steps() == []
 
 
-def test_a_float16_loss_that_is_no_number_ends_the_run(config, data, params):
+def test_a_float16_loss_that_is_no_number_ends_the_run(small_config, data, small_params):
     """No loss scale could help: the forward pass overflows."""
-    broken = jax.tree.map(lambda x: x * np.nan, params)
+    broken = jax.tree.map(lambda x: x * np.nan, small_params)
     recipe = dataclasses.replace(RECIPE, precision=Precision(compute="float16"))
     with pytest.raises(ValueError, match="the loss of step 1 is nan"):
-        train(config, recipe, data, params=broken)
+        train(small_config, recipe, data, params=broken)
 
 
 @pytest.mark.parametrize(
@@ -208,27 +231,29 @@ def test_a_float16_loss_that_is_no_number_ends_the_run(config, data, params):
     ids=["end", "scale"],
 )
 def test_a_run_of_skipped_steps_does_not_finish(
-    tmp_path, config, data, params, num_steps, num_reports, message
+    tmp_path, small_config, data, small_params, num_steps, num_reports, message
 ):
     """Gradients of such a z-loss are beyond float16, scaled or not; the loss is a number."""
     reports, precision = [], Precision(compute="float16")
     recipe = dataclasses.replace(RECIPE, num_steps=num_steps, z_loss=1e9, precision=precision)
-    options = {"params": params, "on_step": reports.append}
+    options = {"params": small_params, "on_step": reports.append}
     with Checkpoints(tmp_path) as store:
         with pytest.raises(ValueError, match=message):
-            train(config, recipe, data, checkpoints=store, **options)
+            train(small_config, recipe, data, checkpoints=store, **options)
         assert store.steps() == []
     assert [r.num_skipped for r in reports] == list(range(1, num_reports + 1))
     assert all(r.is_skipped and np.isfinite(r.loss) for r in reports)
 
 
-def test_gradients_without_a_finite_norm_end_the_run_unsaved(tmp_path, config, data, params):
+def test_gradients_without_a_finite_norm_end_the_run_unsaved(
+    tmp_path, small_config, data, small_params
+):
     """The squares of the head's gradients overflow, and neither they nor the loss."""
-    norm, head = params["norm"]["weight"], params["lm_head"]["weight"]
-    steep = params | {"norm": {"weight": norm * 1e25}, "lm_head": {"weight": head * 1e-25}}
+    norm, head = small_params["norm"]["weight"], small_params["lm_head"]["weight"]
+    steep = small_params | {"norm": {"weight": norm * 1e25}, "lm_head": {"weight": head * 1e-25}}
     with Checkpoints(tmp_path) as store:
         with pytest.raises(ValueError, match="the gradients' norm of step 1 is inf"):
-            train(config, RECIPE, data, params=steep, checkpoints=store, save_every=1)
+            train(small_config, RECIPE, data, params=steep, checkpoints=store, save_every=1)
         assert store.steps() == []
 
 

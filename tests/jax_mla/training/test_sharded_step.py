@@ -40,8 +40,10 @@ NAMES = slow_unless(
 
 @pytest.fixture(scope="module")
 def config(config):
-    """As many heads as devices of `tensor`."""
-    return dataclasses.replace(config, num_attention_heads=4)
+    """Both kinds of layer, and as many heads as devices of `tensor`."""
+    return dataclasses.replace(
+        config, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=4
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,18 @@ import numpy as np
 import optax
 import pytest
 from numerics import assert_close
+from weights import random_params
 
 import jax_mla
 from jax_mla.training import expert_load, next_token_loss, update_router_bias
 
-CONFIG = dataclasses.replace(jax_mla.tiny(), num_hidden_layers=2, hidden_size=64)
+CONFIG = dataclasses.replace(
+    jax_mla.tiny(), num_hidden_layers=1, first_k_dense_replace=0, hidden_size=64
+)
 
 
 def test_loss_is_the_mean_negative_log_likelihood():
-    params = jax_mla.init(jax.random.key(0), dataclasses.replace(CONFIG, initializer_range=0.1))
+    params = random_params(dataclasses.replace(CONFIG, initializer_range=0.1))
     tokens = np.random.default_rng(0).integers(0, 256, (2, 12))
     logits = np.asarray(jax_mla.forward(params, CONFIG, tokens), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -27,7 +30,7 @@ def test_loss_is_the_mean_negative_log_likelihood():
 
 
 def test_the_step_between_segments_does_not_count():
-    params = jax_mla.init(jax.random.key(0), dataclasses.replace(CONFIG, initializer_range=0.1))
+    params = random_params(dataclasses.replace(CONFIG, initializer_range=0.1))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 12)))
     ids = jnp.asarray([[0] * 5 + [1] * 7])
     packed = next_token_loss(params, CONFIG, tokens, segment_ids=ids).loss
@@ -41,13 +44,13 @@ def test_load_counts_tokens():
 
 
 def test_bias_moves_against_the_load():
-    params = jax_mla.init(jax.random.key(0), CONFIG)
+    params = random_params(CONFIG)
     load = jnp.asarray([[10, 2, 6, 6, 6, 6, 6, 6]])  # mean 6
     new = update_router_bias(params, load, 0.5)
     bias = new["moe_layers"]["mlp"]["e_score_correction_bias"]
     assert bias.tolist() == [[-0.5, 0.5, 0, 0, 0, 0, 0, 0]]
-    before = jax.tree.leaves(params["dense_layers"])
-    assert all(a is b for a, b in zip(before, jax.tree.leaves(new["dense_layers"]), strict=True))
+    before, after = params["moe_layers"]["self_attn"], new["moe_layers"]["self_attn"]
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -59,14 +62,14 @@ def test_bias_moves_against_the_load():
     ids=["dense", "shape"],
 )
 def test_a_bias_that_is_not_there_is_refused(without, load, message):
-    params = jax_mla.init(jax.random.key(0), CONFIG)
+    params = random_params(CONFIG)
     params = {key: value for key, value in params.items() if key != without}
     with pytest.raises(ValueError, match=message):
         update_router_bias(params, jnp.zeros(load, jnp.int32), 0.5)
 
 
 def test_bias_has_no_gradient():
-    params = jax_mla.init(jax.random.key(0), dataclasses.replace(CONFIG, initializer_range=0.1))
+    params = random_params(dataclasses.replace(CONFIG, initializer_range=0.1))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 12)))
     gradients = jax.grad(lambda p: next_token_loss(p, CONFIG, tokens).loss)(params)
     mlp = gradients["moe_layers"]["mlp"]
@@ -89,7 +92,7 @@ def test_a_few_steps_learn_a_repeated_text():
         params = update_router_bias(optax.apply_updates(params, updates), load, 0.001)
         return params, state, loss
 
-    params = jax_mla.init(jax.random.key(0), CONFIG)
+    params = random_params(CONFIG)
     state, losses = optimizer.init(params), []
     for _ in range(100):
         params, state, loss = step(params, state)

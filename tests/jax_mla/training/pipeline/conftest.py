@@ -11,7 +11,7 @@ import jax_mla
 
 @pytest.fixture(scope="session")
 def moe_config(config):
-    return dataclasses.replace(config, num_hidden_layers=3)
+    return dataclasses.replace(config, num_hidden_layers=3, first_k_dense_replace=1)
 
 
 @pytest.fixture(scope="session")
