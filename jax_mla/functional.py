@@ -10,18 +10,19 @@ them in `static_argnames` (all are hashable). Everything else may be traced.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from jax_mla.cache.check import check_cache, longest
 from jax_mla.cache.latent import Cache
 from jax_mla.cache.pages import advance, capacity
 from jax_mla.checks.tokens import check_aligned, check_lengths, check_tokens
 from jax_mla.config.model import DeepSeekConfig
-from jax_mla.layers.mla.forms import Form, resolve_form
+from jax_mla.layers.mla.forms import Form, check_form, resolve_form
 from jax_mla.model import ForwardTrace
 from jax_mla.params import Params, bind
 from jax_mla.sharding.placement import check_split, placement_of
@@ -31,10 +32,10 @@ from jax_mla.sharding.rules import ShardingRules
 def forward(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array | np.ndarray, "B T"],
+    tokens: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
     *,
-    positions: Int[Array | np.ndarray, "B T"] | None = None,
-    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    positions: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]] | None = None,
+    segment_ids: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]] | None = None,
     form: Form | None = None,
     rules: ShardingRules | None = None,
 ) -> Float[Array, "B T V"]:
@@ -57,15 +58,15 @@ def forward(
     V3 in bfloat16, divided by the number of devices that experts are sharded over. `prefill`
     copies no experts.
     """
-    checked = _check_forward(params, config, tokens, positions, segment_ids, rules)
-    return _forward(params, config, *checked, form, rules)
+    checked = _check_forward(params, config, tokens, positions, segment_ids, form, rules)
+    return _forward(params, config, *checked, rules)
 
 
-def _check_forward(params, config, tokens, positions, segment_ids, rules):
-    """Tokens, positions and segment ids as int32, checked; the last two may be None."""
-    tokens = check_tokens(tokens, config)
+def _check_forward(params, config, tokens, positions, segment_ids, form, rules):
+    """Tokens, positions, segment ids and form, checked, as int32; all but tokens may be None."""
+    form, tokens = check_form(form), check_tokens(tokens, config)
     check_split(tokens, placement_of(params, rules))
-    return tokens, *check_aligned(tokens, config, positions, segment_ids)
+    return tokens, *check_aligned(tokens, config, positions, segment_ids), form
 
 
 @functools.partial(jax.jit, static_argnames=("config", "form", "rules"))
@@ -77,16 +78,16 @@ def _forward(params, config, tokens, positions, segment_ids, form, rules):
 def forward_trace(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array | np.ndarray, "B T"],
+    tokens: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
     *,
-    positions: Int[Array | np.ndarray, "B T"] | None = None,
-    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    positions: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]] | None = None,
+    segment_ids: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]] | None = None,
     form: Form | None = None,
     rules: ShardingRules | None = None,
 ) -> ForwardTrace:
     """`forward` with the hidden states and expert choices of every layer. Arguments as there."""
-    checked = _check_forward(params, config, tokens, positions, segment_ids, rules)
-    return _forward_trace(params, config, *checked, form, rules)
+    checked = _check_forward(params, config, tokens, positions, segment_ids, form, rules)
+    return _forward_trace(params, config, *checked, rules)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "form", "rules"))
@@ -98,10 +99,10 @@ def _forward_trace(params, config, tokens, positions, segment_ids, form, rules):
 def prefill(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array | np.ndarray, "B T"],
+    tokens: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
     cache: Cache,
     *,
-    lengths: Int[Array | np.ndarray, " B"] | None = None,
+    lengths: Integer[Array | np.ndarray, " B"] | Sequence[int] | None = None,
     form: Form | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
@@ -176,7 +177,7 @@ def _form(form: Form | None, config: DeepSeekConfig, num_queries: int, cache: Ca
 def decode_step(
     params: Params,
     config: DeepSeekConfig,
-    token: Int[Array | np.ndarray, "B ..."],
+    token: Integer[Array | np.ndarray, "B ..."],
     cache: Cache,
     *,
     form: Form | None = None,

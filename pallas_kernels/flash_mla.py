@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int32, Integer
 
 from pallas_kernels import hardware
 from pallas_kernels.checks import require, require_rank
@@ -12,7 +12,7 @@ PAGE_SIZE = 64  # the page that FlashMLA's scheduler counts in
 
 
 def get_mla_metadata(
-    cache_seqlens: Int[Array | np.ndarray, " b"] | None = None,
+    cache_seqlens: Integer[Array | np.ndarray, " b"] | None = None,
     num_q_tokens_per_head_k: int | None = None,
     num_heads_k: int = 1,
     num_heads_q: int | None = None,
@@ -56,8 +56,8 @@ def get_mla_metadata(
 def flash_mla_with_kvcache(
     q: Float[Array, "b s_q h_q d"],
     k_cache: Float[Array, "num_blocks page h_kv d"],
-    block_table: Int[Array | np.ndarray, "b max_blocks"],
-    cache_seqlens: Int[Array | np.ndarray, " b"],
+    block_table: Integer[Array | np.ndarray, "b max_blocks"],
+    cache_seqlens: Integer[Array | np.ndarray, " b"],
     head_dim_v: int,
     tile_scheduler_metadata: MLADecodePlan | None = None,
     num_splits: Int32[Array | np.ndarray, " _"] | None = None,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from jax_mla.checks.arrays import as_array, as_int32, check_dtype
 from jax_mla.checks.sizes import check_positive
@@ -136,7 +136,7 @@ class PagedLatentCache:
     def with_table(
         cls,
         config: DeepSeekConfig,
-        page_table: Int[Array | np.ndarray, "B max_pages"] | Sequence[Sequence[int]],
+        page_table: Integer[Array | np.ndarray, "B max_pages"] | Sequence[Sequence[int]],
         *,
         num_pages: int,
         page_size: int = DEFAULT_PAGE_SIZE,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jax_mla.cache.latent import Cache
+from jax_mla.checks.arrays import as_array
 
 
 def capacity(cache: Cache) -> int:
@@ -63,7 +65,7 @@ def advance(cache: Cache, num_new: Int[Array, " B"] | Bool[Array, " B"]) -> Cach
     return dataclasses.replace(cache, lengths=cache.lengths + num_new.astype(jnp.int32))
 
 
-def truncate(cache: Cache, lengths: Int[Array | np.ndarray, " B"]) -> Cache:
+def truncate(cache: Cache, lengths: Integer[Array | np.ndarray, " B"] | Sequence[int]) -> Cache:
     """Forgets all but the first `lengths[b]` tokens of every sequence b, as after a rejected draft.
 
     A sequence that holds no more keeps its length; a length below 0 counts as 0. Rows stay where
@@ -73,10 +75,11 @@ def truncate(cache: Cache, lengths: Int[Array | np.ndarray, " B"]) -> Cache:
     Raises:
       ValueError: lengths are not one integer per sequence.
     """
-    if np.shape(lengths) != cache.lengths.shape:
+    lengths = as_array("lengths", lengths)
+    if lengths.shape != cache.lengths.shape:
         raise ValueError(
             f"lengths must be Int[B] for the {cache.lengths.shape[0]} sequences of the cache, got "
-            f"shape {np.shape(lengths)}"
+            f"shape {lengths.shape}"
         )
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(f"lengths must be integers, got dtype {lengths.dtype}")

@@ -81,7 +81,7 @@ def _may_be_infinite(array: np.ndarray) -> bool:
     unsigned = np.dtype(f"u{array.dtype.itemsize}")
     infinity, minus = np.array([np.inf, -np.inf], array.dtype).view(unsigned)
     bits = array.view(unsigned)
-    return bits.max() >= minus or bits.view(unsigned.name[1:]).max() >= infinity
+    return bool(bits.max() >= minus or bits.view(unsigned.name[1:]).max() >= infinity)
 
 
 def _dequantise(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Int, Integer, Key
 
 from jax_mla.cache.latent import LatentCache
 from jax_mla.cache.pages import advance
@@ -49,10 +49,10 @@ class Generated:
 def generate(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array | np.ndarray, "B T"],
+    tokens: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    lengths: Int[Array | np.ndarray, " B"] | None = None,
+    lengths: Integer[Array | np.ndarray, " B"] | Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer
 
 from jax_mla.checks.tokens import check_batch
 from jax_mla.config.model import DeepSeekConfig
@@ -26,8 +26,8 @@ class Batch:
     `segment_ids` and `loss_mask` as in `next_token_loss`; a negative segment id marks padding.
     """
 
-    tokens: Int[Array | np.ndarray, "*parts B T"]
-    segment_ids: Int[Array | np.ndarray, "*parts B T"] | None = None
+    tokens: Integer[Array | np.ndarray, "*parts B T"]
+    segment_ids: Integer[Array | np.ndarray, "*parts B T"] | None = None
     loss_mask: Bool[Array | np.ndarray, "*parts B T"] | None = None
 
     def is_counted(self) -> Bool[Array, "B T"]:

@@ -273,7 +273,7 @@ def _report(
     now = time.perf_counter()
     largest = None
     if load is not None and load.any():
-        largest = float((load.max(axis=-1) / load.mean(axis=-1)).max())
+        largest = float((load.max(axis=-1).astype("float32") / load.mean(axis=-1)).max())
     seconds = now - began
     report = StepReport(
         step=step,

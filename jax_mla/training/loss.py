@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jax_mla.checks.tokens import check_batch
 from jax_mla.config.model import DeepSeekConfig
@@ -76,9 +76,9 @@ class LossSums:
 def next_token_loss(
     params: Params,
     config: DeepSeekConfig,
-    tokens: Int[Array | np.ndarray, "B T"],
+    tokens: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
     *,
-    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    segment_ids: Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[int]] | None = None,
     loss_mask: Bool[Array | np.ndarray, "B T"] | None = None,
     precision: Precision | None = None,
     remat: Remat = "none",

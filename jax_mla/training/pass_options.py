@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
+from jax_mla.checks.sizes import check_one_of
 from jax_mla.layers.block import Remat
 from jax_mla.training.precision import Precision
 
@@ -18,7 +20,7 @@ class PassOptions:
       deterministic: as in `Recipe`.
 
     Raises:
-      ValueError: chunk_tokens is below 1.
+      ValueError: there is no such remat, or chunk_tokens is below 1.
     """
 
     precision: Precision | None = None
@@ -27,5 +29,6 @@ class PassOptions:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        check_one_of("remat", self.remat, get_args(Remat))
         if self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")

@@ -3,7 +3,7 @@
 from typing import Literal, TypedDict, Unpack, overload
 
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Integer
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import (
@@ -59,8 +59,8 @@ def flash_attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
-    lengths: Int[Array | np.ndarray, " B"] | None = None,
+    segment_ids: Integer[Array | np.ndarray, "B S"] | None = None,
+    lengths: Integer[Array | np.ndarray, " B"] | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     implementation: Literal["mosaic_gpu", "xla"] | None = None,

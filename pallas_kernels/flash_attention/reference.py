@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
-from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int, Int32, Integer, Shaped
 
 from pallas_kernels import varying
 from pallas_kernels.derivatives import differentiable
@@ -47,8 +47,8 @@ class Operands(NamedTuple):
     k: Float[Array, "J B G s K"]
     v: Float[Array, "J B G s H"]
     lengths: Int32[Array, " B"]
-    query_ids: Int[Array, "I B M"] | None
-    key_ids: Int[Array, "J B s"] | None
+    query_ids: Integer[Array, "I B M"] | None
+    key_ids: Integer[Array, "J B s"] | None
 
 
 class Residuals(NamedTuple):
@@ -68,8 +68,8 @@ def flash_attention_reference(
     *,
     causal: bool,
     scale: float,
-    segment_ids: Int[Array, "B S"] | None,
-    lengths: Int[Array, " B"] | None,
+    segment_ids: Integer[Array, "B S"] | None,
+    lengths: Integer[Array, " B"] | None,
     deterministic: bool,
     block_scores: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
@@ -105,7 +105,9 @@ def flash_attention_reference(
     return out, lse
 
 
-def zeros_past(lengths: Int[Array, " B"], x: Float[Array, "B S G K"]) -> Float[Array, "B S G K"]:
+def zeros_past(
+    lengths: Integer[Array, " B"], x: Float[Array, "B S G K"]
+) -> Float[Array, "B S G K"]:
     """`x` with zeros in place of what keys past a length may hold: NaN, and 0 * NaN is NaN."""
     is_past_BS11 = (jnp.arange(x.shape[1])[None, :] >= lengths[:, None])[:, :, None, None]
     return jnp.where(is_past_BS11, 0, x)
@@ -281,8 +283,8 @@ def _scores(
     q_i: Float[Array, "B G M K"],
     k_j: Float[Array, "B G s K"],
     lengths: Int32[Array, " B"],
-    query_ids: Int[Array, "B M"] | None,
-    key_ids: Int[Array, "B s"] | None,
+    query_ids: Integer[Array, "B M"] | None,
+    key_ids: Integer[Array, "B s"] | None,
 ) -> Float32[Array, "B G M s"]:
     """Scaled scores of query block i and key block j, -inf where a query must not see a key."""
     scores_BGMS = static.scale * _einsum("BGMK,BGSK->BGMS", q_i, k_j)

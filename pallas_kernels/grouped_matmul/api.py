@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import (
@@ -23,9 +23,9 @@ IMPLEMENTATIONS = (dispatch.Implementation("xla", grouped_matmul_reference),)
 def grouped_matmul(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "num_matrices K N"],
-    group_sizes: Int[Array | np.ndarray, " E"],
+    group_sizes: Integer[Array | np.ndarray, " E"],
     *,
-    first_group: int | Int[Array, ""] | None = None,
+    first_group: int | Integer[Array, ""] | None = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: Literal["mosaic_gpu", "xla"] | None = None,
 ) -> Float[Array, "M N"]:

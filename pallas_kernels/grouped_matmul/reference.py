@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
 from pallas_kernels import varying
 from pallas_kernels.derivatives import differentiable
@@ -24,9 +24,9 @@ MAX_BLOCK = 256  # rows; measured in NOTES.md
 def grouped_matmul_reference(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "P K N"],
-    group_sizes: Int[Array, " E"],
+    group_sizes: Integer[Array, " E"],
     *,
-    first_group: int | Int[Array, ""] = 0,
+    first_group: int | Integer[Array, ""] = 0,
     preferred_element_type: Any,
 ) -> Float[Array, "M N"]:
     """See `grouped_matmul`."""
@@ -133,7 +133,7 @@ def block_size(M: int, E: int) -> int:
 
 
 def row_blocks(
-    M: int, size: int, group_sizes: Int[Array, " E"]
+    M: int, size: int, group_sizes: Integer[Array, " E"]
 ) -> tuple[Int[Array, ""], Int[Array, "max"], Int[Array, "max"], Int[Array, "max"]]:
     """Number of blocks; and for each block its group, its first row and the end of its group."""
     num_blocks = -(-group_sizes // size)

@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Integer
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import (
@@ -34,8 +34,8 @@ class MLADecodeOutput(NamedTuple):
 def mla_decode(
     q: Float[Array, "B T N X"],
     kv_pages: Float[Array, "num_pages page_size X"],
-    page_table: Int[Array | np.ndarray, "B max_pages"],
-    lengths: Int[Array | np.ndarray, " B"],
+    page_table: Integer[Array | np.ndarray, "B max_pages"],
+    lengths: Integer[Array | np.ndarray, " B"],
     *,
     latent_dim: int,
     scale: float,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Int32, Integer
 
 from pallas_kernels import hardware
 from pallas_kernels.checks import host_values, require, require_integer, require_rank
@@ -51,7 +51,7 @@ class MLADecodePlan:
 
 
 def mla_decode_plan(
-    lengths: Int[Array | np.ndarray, " B"],
+    lengths: Integer[Array | np.ndarray, " B"],
     *,
     num_rows: int,
     page_size: int = 64,

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Integer
 
 from pallas_kernels.mla_decode.plan import MLADecodePlan
 
@@ -21,8 +21,8 @@ CHUNK_TOKENS = 1024
 def mla_decode_reference(
     q: Float[Array, "B T N X"],
     kv_pages: Float[Array, "num_pages page_size X"],
-    page_table: Int[Array | np.ndarray, "B max_pages"],
-    lengths: Int[Array | np.ndarray, " B"],
+    page_table: Integer[Array | np.ndarray, "B max_pages"],
+    lengths: Integer[Array | np.ndarray, " B"],
     *,
     latent_dim: int,
     scale: float,
@@ -39,8 +39,8 @@ def mla_decode_reference(
 def _decode(
     q: Float[Array, "B T N X"],
     kv_pages: Float[Array, "num_pages page_size X"],
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
+    page_table: Integer[Array, "B max_pages"],
+    lengths: Integer[Array, " B"],
     latent_dim: int,
     scale: float,
     causal: bool,

@@ -12,6 +12,12 @@ from jax_mla.phases import Form
 FLOP_PER_BYTE = 184
 
 
+def check_form(form: str | None) -> Form | None:
+    """`form`, a ValueError if there is none of that name."""
+    check_one_of("form", form, (*get_args(Form), None))
+    return cast(Form | None, form)
+
+
 def resolve_form(
     form: str | None, config: DeepSeekConfig, num_queries: int, num_cached: int
 ) -> Form:
@@ -20,10 +26,7 @@ def resolve_form(
     Raises:
       ValueError: there is no form of that name.
     """
-    if form is None:
-        return choose_form(config, num_queries, num_cached)
-    check_one_of("form", form, (*get_args(Form), None))
-    return cast(Form, form)
+    return check_form(form) or choose_form(config, num_queries, num_cached)
 
 
 def choose_form(config: DeepSeekConfig, num_queries: int, num_cached: int) -> Form:

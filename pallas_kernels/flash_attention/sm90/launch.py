@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Integer
 
 from pallas_kernels import hardware, varying
 from pallas_kernels.derivatives import differentiable, not_differentiable
@@ -62,8 +62,8 @@ def flash_attention_sm90(
     *,
     causal: bool,
     scale: float,
-    segment_ids: Int[Array, "B S"] | None,
-    lengths: Int[Array, " B"] | None,
+    segment_ids: Integer[Array, "B S"] | None,
+    lengths: Integer[Array, " B"] | None,
     deterministic: bool,
     num_sms: int | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:

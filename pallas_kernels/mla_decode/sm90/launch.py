@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import sequential_vmap
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Integer
 
 from pallas_kernels import hardware, varying
 from pallas_kernels.derivatives import not_differentiable
@@ -37,8 +37,8 @@ def why_not(
 def mla_decode_sm90(
     q: Float[Array, "B T N X"],
     kv_pages: Float[Array, "num_pages page_size X"],
-    page_table: Int[Array | np.ndarray, "B max_pages"],
-    lengths: Int[Array | np.ndarray, " B"],
+    page_table: Integer[Array | np.ndarray, "B max_pages"],
+    lengths: Integer[Array | np.ndarray, " B"],
     *,
     latent_dim: int,
     scale: float,

@@ -74,6 +74,7 @@ def test_truncate_shortens_and_never_lengthens(jit):
     shortened = (jax.jit(truncate) if jit else truncate)(cache, np.asarray([2, 3, 7, -1]))
     assert shortened.lengths.tolist() == [2, 3, 0, 0] and shortened.lengths.dtype == jnp.int32
     np.testing.assert_array_equal(shortened.page_table, cache.page_table)
+    assert truncate(cache, [2, 3, 7, -1]).lengths.tolist() == [2, 3, 0, 0]
 
 
 @pytest.mark.parametrize("make", [jax_mla.LatentCache.empty, None], ids=["dense", "paged"])
