@@ -1,5 +1,6 @@
 """Selection of an implementation: first that can, named or refused with the reason."""
 
+import importlib
 import inspect
 from typing import get_args, get_type_hints
 
@@ -90,3 +91,13 @@ def test_every_op_ends_with_xla_and_documents_the_same_names(op):
     assert [one.name for one in table] == [
         n for n in dispatch.NAMES if n in {o.name for o in table}
     ]
+
+
+@pytest.mark.parametrize("op", ["mla_decode", "flash_attention", "grouped_matmul"])
+def test_no_name_stands_for_two_implementations(op):
+    """`select` and `explain` look at the first entry of a name only."""
+    table = importlib.import_module(f"pallas_kernels.{op}.api").IMPLEMENTATIONS
+    names = [one.name for one in table]
+    assert sorted(names, key=dispatch.NAMES.index) == names
+    assert len({*names}) == len(names)
+    assert names[-1] == "xla"

@@ -1,5 +1,7 @@
 """Steps as arrays."""
 
+import dataclasses
+
 import numpy as np
 
 import jax_mla
@@ -48,6 +50,12 @@ def test_options_that_are_off():
     np.testing.assert_array_equal(
         options, [[0.5, 1, 0.25, 1, 0.5, 0], [0, 1, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0]]
     )
+
+
+def test_every_sampling_option_reaches_the_device():
+    """A new field without a column would be ignored in silence."""
+    columns = {*batch.INTEGERS, *batch.NUMBERS}
+    assert {field.name for field in dataclasses.fields(jax_mla.SamplingOptions)} <= columns
 
 
 def test_min_tokens_hold_back_the_stop_ids():
