@@ -94,8 +94,8 @@ def test_refuses_wrong_fp8_scales(edited, change, message):
         ({"model_type": "llama"}, "model_type must be one of .*, got 'llama'"),
         ({"model_type": "deepseek_v32"}, "'deepseek_v32' is not supported"),
         ({"model_type": None}, "model_type must be one of .*, got None"),
-        ({"dtype": "float64"}, "dtype 'float64' is not one of float32, bfloat16, float16"),
-        ({"dtype": "int4_nonsense"}, "dtype 'int4_nonsense' is not one of"),
+        ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16, got 'float64'"),
+        ({"dtype": "int4_nonsense"}, "dtype must be one of .*, got 'int4_nonsense'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization 'awq'"),
     ],
 )
