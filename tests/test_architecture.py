@@ -110,8 +110,8 @@ SUBPACKAGE_NAMES = {
         "ExpertDispatch", "MESH_AXES", "Placement", "ShardingRules", "layouts", "make_mesh",
     },
     "text": {
-        "ByteTokenizer", "Completion", "JsonTokenizer", "TextStream", "Tokenizer", "complete",
-        "continuation_text", "load_tokenizer",
+        "ByteTokenizer", "ChatTemplate", "Completion", "JsonTokenizer", "TextStream", "Tokenizer",
+        "complete", "continuation_text", "load_chat_template", "load_tokenizer",
     },
     "training": {
         "Batch", "Checkpoints", "NextTokenLoss", "Precision", "Recipe", "Restored", "StepMetrics",
@@ -176,10 +176,13 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and name.strip("_") != "" and not name.endswith("__")
 
 
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
 def private_names_reached(path: Path) -> set[str]:
     """Private names that a file imports, or reads from something and does not define itself."""
     nodes = list(ast.walk(tree_of(path)))
-    defined = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    defined = {n.name for n in nodes if isinstance(n, DEFINITIONS)}
     defined |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):

@@ -41,6 +41,10 @@ class ByteTokenizer:
         """The ids of a prompt: BYTE_BOS, then its bytes."""
         return [BYTE_BOS, *text.encode("utf-8")]
 
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of what a chat template has written: BYTE_BOS, then its bytes."""
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
@@ -95,6 +99,10 @@ class JsonTokenizer:
             text = self._template.replace(_PLACE, text)
         ids = self._backend.encode(text).ids
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of what a chat template has written, which names its special tokens itself."""
+        return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
