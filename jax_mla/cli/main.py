@@ -13,6 +13,7 @@ import jax_mla
 COMMANDS = {
     "demo": "generate text with the bundled model",
     "generate": "continue a prompt with the model of a folder",
+    "serve": "serve a model over HTTP, as OpenAI does, with a web page",
     "inspect": "show the contents of a checkpoint folder and the cost of its cache",
     "verify": "check a checkpoint's numbers, against golden data or against themselves",
     "plan": "show how many bytes each device of a mesh needs, to train or to serve",
