@@ -9,6 +9,7 @@ from jax_mla.checkpoint.folder import read_model_config
 from jax_mla.cli import layout, processes, report
 from jax_mla.cli.arguments import positive
 from jax_mla.cli.byte_progress import ByteProgress
+from jax_mla.config.fields import DTYPES
 from jax_mla.text import complete, load_tokenizer
 
 
@@ -34,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sample from tokens at least P times as likely as the first",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="the config's without it"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="the config's without it")
     layout.add_arguments(parser)
     parser.add_argument("--stream", action="store_true", help="print text while it is generated")
     parser.add_argument(

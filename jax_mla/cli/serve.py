@@ -12,6 +12,7 @@ from typing import Any
 from jax_mla.checkpoint.folder import read_model_config
 from jax_mla.cli.arguments import number_above_0, positive
 from jax_mla.cli.byte_progress import ByteProgress
+from jax_mla.config.fields import DTYPES
 from jax_mla.text import ByteTokenizer, load_chat_template, load_tokenizer
 
 
@@ -26,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="that requests must carry; may be repeated",
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="the config's without it"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="the config's without it")
     parser.add_argument(
         "--num-pages", type=positive, metavar="N", help="of the cache; as fit without it"
     )

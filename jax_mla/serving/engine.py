@@ -22,7 +22,6 @@ from jax_mla.serving.pool_size import pages_that_fit
 from jax_mla.serving.programs import Chosen
 from jax_mla.serving.progress import warming_up
 from jax_mla.serving.request import (
-    MAX_BIASED_TOKENS,
     Request,
     RequestOptions,
     TokenLogprobs,
@@ -174,18 +173,13 @@ class Engine:
         """
         options = RequestOptions() if options is None else options
         stop_ids = options.stop_token_ids
-        stop_ids = _end_ids(self.config) if stop_ids is None else tuple(stop_ids)
+        stop_ids = self.config.eos_token_id if stop_ids is None else tuple(stop_ids)
         for name, ids in (
             ("prompt", prompt),
             ("stop", stop_ids),
             ("logit_bias", options.logit_bias),
         ):
             self._check_ids(name, ids)
-        if len(options.logit_bias) + len(stop_ids) > MAX_BIASED_TOKENS:
-            raise ValueError(
-                f"logit_bias and the stop ids must be at most {MAX_BIASED_TOKENS} ids, got "
-                f"{len(options.logit_bias)} and {len(stop_ids)}"
-            )
         if fork_of is not None and fork_of.prompt != tuple(prompt):
             raise ValueError("a fork must have the prompt of the request that it is a fork of")
         if fork_of is not None and fork_of.options.cache_salt != options.cache_salt:
@@ -332,11 +326,6 @@ class Engine:
                     f"{name}: token ids must be from 0 to {self.config.vocab_size - 1}, the "
                     f"vocabulary, got {token!r}"
                 )
-
-
-def _end_ids(config: DeepSeekConfig) -> tuple[int, ...]:
-    ids = config.eos_token_id
-    return (ids,) if isinstance(ids, int) else tuple(ids or ())
 
 
 def _logprobs(chosen: Chosen, row: int, count: int | None) -> TokenLogprobs | None:

@@ -118,7 +118,7 @@ def choose(
     raw = logits = everywhere(bind(params, model.config, model.rules).head(x))
     # Of any NaN the maximum is NaN; one that is infinite leaves no probabilities.
     is_finite = jnp.isfinite(jnp.max(raw, axis=-1))
-    if variant == "full" and biases is not None:
+    if biases is not None:  # with "full"
         history = slots.history.at[columns["slot"]].get(mode="clip")
         logits = _penalized(logits, history, options)
         rows = jnp.arange(len(logits))[:, None]
@@ -179,10 +179,10 @@ def _unpack(pages: Pages, work: Int32[Array, "B columns"], num_tokens: int) -> _
 def _placed(
     x: Float[Array, "B D"], pages: Pages, params: Params, model: Model
 ) -> tuple[Float[Array, "B D"], Pages]:
-    """Hidden states on every device, and the pool sharded as it came in."""
+    """Hidden states and the pool on every device."""
     if (place := placement_of(params, model.rules)) is None:
         return x, pages
-    return place.constrain(x), place.constrain(pages, None, ("context", "batch"), None, None)
+    return place.constrain(x), place.constrain(pages)
 
 
 def _penalized(

@@ -65,12 +65,6 @@ class RequestOptions:
                 raise ValueError(f"{name} must be from -2 to 2, got {value!r}")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise ValueError(f"timeout_s must be above 0 or None, got {self.timeout_s!r}")
-        num_stops = len(self.stop_token_ids or ())
-        if len(self.logit_bias) + num_stops > MAX_BIASED_TOKENS:
-            raise ValueError(
-                f"logit_bias and stop_token_ids must be at most {MAX_BIASED_TOKENS} ids, got "
-                f"{len(self.logit_bias)} and {num_stops}"
-            )
         for token, bias in self.logit_bias.items():
             if not bias < float("inf"):
                 raise ValueError(f"logit_bias must be below infinity, got {bias} of id {token}")
@@ -127,6 +121,12 @@ class Request:
         self.max_new_tokens, self.sampling = int(max_new_tokens), sampling
         self.options = RequestOptions() if options is None else options
         self.deadline, self.stop_ids = deadline, frozenset(stop_ids)
+        num_biased, num_stops = len(self.options.logit_bias), len(self.stop_ids)
+        if num_biased + num_stops > MAX_BIASED_TOKENS:
+            raise ValueError(
+                f"logit_bias and the stop ids must be at most {MAX_BIASED_TOKENS} ids, got "
+                f"{num_biased} and {num_stops}"
+            )
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[TokenLogprobs] = []
         self.num_hit_tokens: int | None = None

@@ -112,18 +112,15 @@ class Runner:
         self._history_of: dict[int, Request] = {}  # whose history a slot has
         dtype = params["embed_tokens"]["weight"].dtype
         shape = (config.num_hidden_layers, sizes.num_pages, sizes.page_size, config.cache_row_dim)
-        place = placement_of(params, rules)
-        pages_at = slots_at = None
-        if place is not None:
+        everywhere = None
+        if placement_of(params, rules) is not None:
             mesh = jax.tree.leaves(params)[0].sharding.mesh
-            spec = place.spec(None, ("context", "batch"), None, None)
-            pages_at = jax.sharding.NamedSharding(mesh, spec)
-            slots_at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         fill = np.nan if paranoid else 0
-        self._pages = jnp.full(shape, fill, dtype, device=pages_at)
+        self._pages = jnp.full(shape, fill, dtype, device=everywhere)
         self._slots = programs.Slots(
-            jnp.zeros(sizes.max_batch, jnp.int32, device=slots_at),
-            jnp.zeros((sizes.max_batch, config.vocab_size), jnp.int32, device=slots_at),
+            jnp.zeros(sizes.max_batch, jnp.int32, device=everywhere),
+            jnp.zeros((sizes.max_batch, config.vocab_size), jnp.int32, device=everywhere),
         )
 
     def run(self, step: Step) -> list[Part]:
@@ -169,10 +166,11 @@ class Runner:
             self._keep_history(request)
         head = np.ascontiguousarray(work[:, : len(INTEGERS)])
         numbers = pack_options(requests, len(work))
-        biases = pack_biases(rows, len(work), self._config.vocab_size)
-        program = Program("choose", len(work), variant=variant)
-        arguments = x, head, numbers, *([biases] if variant == "full" else [None])
-        chosen, self._slots = self._program(program)(self._params, self._slots, *arguments)
+        biases = None  # filling them in takes longer than the rest of a plain step's arrays
+        if variant == "full":
+            biases = pack_biases(rows, len(work), self._config.vocab_size)
+        program = self._program(Program("choose", len(work), variant=variant))
+        chosen, self._slots = program(self._params, self._slots, x, head, numbers, biases)
         return chosen
 
     def _variant(self, requests: Sequence[Request]) -> programs.Variant:

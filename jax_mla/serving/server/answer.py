@@ -8,33 +8,18 @@ import dataclasses
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from jax_mla.generation.sampling import SamplingOptions
-from jax_mla.serving.events import Event, Stats
-from jax_mla.serving.request import RequestOptions
+from jax_mla.serving.events import Event
 from jax_mla.serving.server import responses
 from jax_mla.serving.server.choice import Choice
 from jax_mla.serving.server.protocol import Asked, BadRequest
 from jax_mla.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from jax_mla.serving.front import AsyncEngine
+
 _LOG = logging.getLogger("jax_mla")
-
-
-class Front(Protocol):
-    """What the server needs of an `AsyncEngine`."""
-
-    def stream(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingOptions | None = None,
-        *,
-        n: int = 1,
-        max_new_tokens: int,
-        options: RequestOptions | None = None,
-    ) -> AsyncIterator[tuple[int, Event]]: ...
-
-    async def stats(self) -> Stats: ...
 
 
 @dataclasses.dataclass
@@ -48,7 +33,7 @@ class Answer:
       on_end: called once, whatever happened.
     """
 
-    front: Front
+    front: AsyncEngine
     tokenizer: Tokenizer
     prompt: Sequence[int]
     asked: Asked

@@ -9,7 +9,7 @@ import hmac
 import importlib.resources
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from jax_mla.checks.sizes import check_positive
 from jax_mla.serving.server import metrics, responses
-from jax_mla.serving.server.answer import Answer, Front
+from jax_mla.serving.server.answer import Answer
 from jax_mla.serving.server.protocol import (
     BadRequest,
     parse_asked,
@@ -29,6 +29,9 @@ from jax_mla.serving.server.protocol import (
 )
 from jax_mla.text.chat_template import ChatTemplate
 from jax_mla.text.tokenizer import ByteTokenizer, JsonTokenizer
+
+if TYPE_CHECKING:
+    from jax_mla.serving.front import AsyncEngine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Server:
       api_keys: of which requests must carry one; none lets everyone in.
     """
 
-    front: Front
+    front: AsyncEngine
     tokenizer: ByteTokenizer | JsonTokenizer
     name: str
     limits: Limits

@@ -69,7 +69,7 @@ def _param_shardings(pipeline: Pipeline) -> dict[str, Params]:
 
 
 def _state_shardings(pipeline: Pipeline, recipe: Recipe) -> dict[str, TrainState]:
-    """The parts of a pipeline's state, and of the whole model's between steps."""
+    """Shardings of a state while stages hold it, and of the whole model's between steps."""
     config, mesh = pipeline.config, pipeline.mesh
     return {
         "inside": state_shardings(config, mesh, pipeline.stage_rules, recipe=recipe),

@@ -258,12 +258,18 @@ def test_what_can_never_fit_is_refused():
         ({"frequency_penalty": float("nan")}, "frequency_penalty must be from -2 to 2, got nan"),
         ({"timeout_s": 0}, "timeout_s must be above 0 or None, got 0"),
         ({"logit_bias": {3: float("inf")}}, "logit_bias must be below infinity, got inf of id 3"),
-        ({"logit_bias": dict.fromkeys(range(400), 1.0)}, "must be at most 320 ids, got 400 and 0"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         RequestOptions(**options)
+
+
+def test_more_biased_tokens_than_a_program_takes_are_refused():
+    options = RequestOptions(logit_bias=dict.fromkeys(range(319), 1.0))
+    Request([1], max_new_tokens=1, options=options, stop_ids=(2,))
+    with pytest.raises(ValueError, match="must be at most 320 ids, got 319 and 2"):
+        Request([1], max_new_tokens=1, options=options, stop_ids=(2, 3))
 
 
 @pytest.mark.parametrize(
