@@ -48,8 +48,17 @@ def step(params, config, tokens):
 @pytest.mark.parametrize("function", [jax_mla.forward, prefill, decode, gradient, slow(step)])
 def test_no_tracer_is_kept(function, config, params, tokens):
     """A tracer that outlives its trace is memory that grows with every compilation."""
+    jax.clear_caches()  # what is compiled already is not traced again
     with jax.checking_leaks():
-        jax.block_until_ready(function(params, config, tokens))
+        result = jax.block_until_ready(function(params, config, tokens))
+    leaves = [x for x in jax.tree.leaves(result) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert leaves and all(jnp.isfinite(x).all() for x in leaves)
+
+
+def test_a_kept_tracer_is_found():
+    kept = []
+    with jax.checking_leaks(), pytest.raises(Exception, match="Leaked"):
+        jax.jit(lambda x: kept.append(x) or x)(1.0)
 
 
 def logits(params, config, tokens):

@@ -368,7 +368,13 @@ def test_the_pad_token_may_be_a_token(params):
     """Where lengths count it, where it is the first token of all texts, and alone."""
     options = {"max_new_tokens": 2, "eos_token_ids": ()}
     tokens = np.asarray([[258, 1, 2, 258], [3, 4, 258, 258]])
-    jax_mla.generate(params, CONFIG, tokens, lengths=[4, 2], **options)
-    jax_mla.generate(params, CONFIG, tokens[:, :1], **options)
-    config = dataclasses.replace(CONFIG, bos_token_id=258)
-    jax_mla.generate(params, config, tokens[:1, :3], **options)
+    without = dataclasses.replace(CONFIG, pad_token_id=None)
+    first = dataclasses.replace(CONFIG, bos_token_id=258)
+    for config, prompts, lengths in (
+        (CONFIG, tokens, [4, 2]),
+        (CONFIG, tokens[:, :1], None),
+        (first, tokens[:1, :3], None),
+    ):
+        out = jax_mla.generate(params, config, prompts, lengths=lengths, **options)
+        want = jax_mla.generate(params, without, prompts, lengths=lengths, **options)
+        np.testing.assert_array_equal(out.tokens, want.tokens)

@@ -44,8 +44,8 @@ def mesh():
 
 
 @pytest.fixture(scope="module")
-def params():
-    return random_params(CONFIG)
+def config():
+    return CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,6 @@ def placed(params):
 @pytest.fixture(scope="module")
 def tokens():
     return np.random.default_rng(0).integers(0, 256, (B, T))
-
-
-@pytest.fixture(scope="module")
-def logits(params, tokens):
-    return np.asarray(jax_mla.forward(params, CONFIG, tokens))
 
 
 @pytest.mark.parametrize("num_devices", [2, 4, 8])

@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from layouts import MESH_LAYOUTS, slow_unless
 from numerics import assert_close
-from weights import random_params
 
 import jax_mla
 from jax_mla.sharding import layouts
@@ -28,18 +27,13 @@ B, T = 8, 32
 
 
 @pytest.fixture(scope="module")
-def params():
-    return random_params(CONFIG)
+def config():
+    return CONFIG
 
 
 @pytest.fixture(scope="module")
 def tokens():
     return np.random.default_rng(0).integers(0, 256, (B, T))
-
-
-@pytest.fixture(scope="module")
-def logits(params, tokens):
-    return np.asarray(jax_mla.forward(params, CONFIG, tokens))
 
 
 def placed(name, params):

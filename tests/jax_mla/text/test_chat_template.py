@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-pytest.importorskip("jinja2")
-
 from jax_mla.text import ByteTokenizer, ChatTemplate, load_chat_template
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]

@@ -13,7 +13,7 @@ def config(config):
     return dataclasses.replace(config, num_hidden_layers=1, first_k_dense_replace=0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # modules have configs of their own
 def params(config):
     return random_params(config)
 

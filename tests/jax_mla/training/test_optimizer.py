@@ -21,11 +21,6 @@ def config(config):
     return dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1)
 
 
-@pytest.fixture(scope="module")
-def params(config):
-    return random_params(config)
-
-
 def named(tree):
     return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 

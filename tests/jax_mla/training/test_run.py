@@ -38,11 +38,6 @@ def config(config):
 
 
 @pytest.fixture(scope="module")
-def params(config):
-    return random_params(config)
-
-
-@pytest.fixture(scope="module")
 def small_config(config):
     """One dense layer, for what does not depend on the model."""
     return dataclasses.replace(config, num_hidden_layers=1, first_k_dense_replace=1)

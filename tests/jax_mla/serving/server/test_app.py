@@ -3,12 +3,8 @@
 import asyncio
 import json
 
-import pytest
-
-pytest.importorskip("starlette")
-pytest.importorskip("httpx")
-
 import httpx
+import pytest
 
 from jax_mla.serving import Event, Request, Stats, TokenLogprobs
 from jax_mla.serving.server.app import Limits, Server, make_app

@@ -7,15 +7,11 @@ import subprocess
 import sys
 import time
 
+import httpx
+import openai
 import pytest
 
 from jax_mla.cli.main import main
-
-openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("jinja2")
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
 
 pytestmark = pytest.mark.slow  # compiles the programs of a server
 
