@@ -268,16 +268,21 @@ class Scheduler:
         return Row(request, request.num_cached, count, end == request.num_tokens)
 
     def _prefilling(self) -> Iterator[Request]:
-        """Requests with tokens to compute in chunks: those that run, then new ones as they fit."""
-        yield from [r for r in self.running if r.is_prefilling]
-        for request in list(self.waiting):
-            parent = request.fork_of
-            if parent is not None and parent.finish_reason is None and not parent.has_prompt:
-                continue  # soon its pages can be shared
-            if not self._admit(request):
-                return
+        """Requests with tokens to compute in chunks, in their order; new ones as they fit.
+
+        One that takes the pages of others comes before them: they have no row in the step yet.
+        """
+        may_admit = True
+        for request in sorted((*self.running, *self.waiting), key=lambda r: r.order):
+            if request.slot is None and may_admit and not self._waits_for_parent(request):
+                may_admit = self._admit(request)
             if request.is_prefilling:
                 yield request
+
+    def _waits_for_parent(self, request: Request) -> bool:
+        """Soon the pages of the request that it is a fork of can be shared."""
+        parent = request.fork_of
+        return parent is not None and parent.finish_reason is None and not parent.has_prompt
 
     def _admit(self, request: Request) -> bool:
         """Gives a request a slot and pages for all its tokens, if both are there."""

@@ -32,6 +32,18 @@ def prompt(length, first=0):
     return [(first + i * i) % 5 for i in range(length)]
 
 
+def test_who_is_preempted_has_no_row_in_the_step():
+    """The end of a prompt would share a chunk step with the request that takes its pages."""
+    m = machine(num_pages=6, page_size=1, chunk_tokens=4)
+    low = submit(m, prompt(5), 1)
+    m.step()
+    m.read_back()
+    high = submit(m, prompt(3, first=1), 1, priority=1)
+    m.run(100)
+    assert m.scheduler.counters.preemptions == 1
+    assert (low.tokens, high.tokens) == (continuation(low), continuation(high))
+
+
 def test_needs_no_jax():
     code = (
         "import sys, jax_mla.serving.invariants, jax_mla.serving.scheduler\n"
