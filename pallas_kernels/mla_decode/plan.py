@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.export import is_symbolic_dim
 from jaxtyping import Array, Int32, Integer
 
 from pallas_kernels import hardware
@@ -121,10 +120,8 @@ def _cut(pages, end, share, *, num_parts, overhead):
     num_splits = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(last_part - first_part + 1)])
 
     cuts = share * jnp.arange(num_parts + 1)
-    if is_symbolic_dim(pages.shape[0]):  # a search needs to know how many there are
-        request = jnp.sum(end[None, :] <= cuts[:, None], axis=1, dtype=jnp.int32)
-    else:
-        request = jnp.searchsorted(end, cuts, side="right").astype(jnp.int32)  # B after the last
+    # B after the last one. A search would need B to be known, and `jax.export` may leave it open.
+    request = jnp.sum(end[None, :] <= cuts[:, None], axis=1, dtype=jnp.int32)
     inside = jnp.minimum(request, pages.shape[0] - 1)
     page = jnp.where(request < pages.shape[0], jnp.maximum(cuts - begin[inside] - overhead, 0), 0)
     part = jnp.arange(num_parts)
